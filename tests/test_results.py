@@ -1,0 +1,173 @@
+"""Storage and freshness: atomic writes, hashes that ignore comments, staleness that travels downstream."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common import results
+from tests.conftest import environment
+
+TOY = '''"""Doc."""
+from dataclasses import dataclass
+from common import results
+from task9_toy import task
+
+@dataclass(frozen=True)
+class Config:
+    # a reason
+    scale_{step}: int = {scale}
+
+PROFILES = {{"smoke": dict(), "cpu": dict(), "gpu": dict()}}
+
+def main(run):
+    {load}
+    (run.folder / "{step}.txt").write_text("made")
+    run.save([{{"table": "toy", "model": "m", "metric": "x", "value": run.cfg.scale_{step}}}], artifacts=["{step}.txt"])
+
+if __name__ == "__main__":
+    results.start(main, Config, PROFILES)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A repository of one task with three steps, 03 reading 02 reading 01; runs each and returns its root."""
+    (tmp_path / "common").mkdir()
+    for name in ("__init__.py", "results.py"):
+        (tmp_path / "common" / name).write_text((results.ROOT / "common" / name).read_text())
+    task = tmp_path / "task9_toy"
+    task.mkdir()
+    (task / "__init__.py").touch()
+    (task / "task.py").write_text("SHARED = 1\n")
+    for i, (step, load) in enumerate((("01_a", "pass"), ("02_b", 'run.load("01_a")'), ("03_c", 'run.load("02_b")'))):
+        (task / f"{step}.py").write_text(TOY.format(scale=i, load=load, step=step))
+        assert run(tmp_path, step).returncode == 0
+    return tmp_path
+
+
+def run(root, step, *args):
+    return subprocess.run([sys.executable, f"task9_toy/{step}.py", *args], cwd=root, env=environment(root), capture_output=True,
+                          text=True, check=False)
+
+
+def fresh(root, step, *args):
+    done = subprocess.run([sys.executable, "-m", "common.results", "fresh", f"results/cpu/task9_toy/{step}.json", *args], cwd=root,
+                          env=environment(root), capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.returncode == 0, done.stdout
+
+
+def states(root):
+    return [fresh(root, step)[0] for step in ("01_a", "02_b", "03_c")]
+
+
+def edit(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_comment_and_docstring_edits_stay_fresh(toy):
+    edit(toy / "task9_toy" / "02_b.py", "# a reason", "# a much better reason")
+    edit(toy / "task9_toy" / "02_b.py", '"""Doc."""', '"""A longer doc."""')
+    assert states(toy) == [True, True, True]
+
+
+def test_knob_edit_makes_that_step_and_those_after_stale(toy):
+    edit(toy / "task9_toy" / "02_b.py", "scale_02_b: int = 1", "scale_02_b: int = 7")
+    assert states(toy) == [True, False, False]
+    assert "task9_toy/02_b.py changed" in fresh(toy, "02_b")[1]
+    assert run(toy, "02_b").returncode == 0
+    assert states(toy) == [True, True, False]
+
+
+def test_shared_module_edit_makes_every_step_stale(toy):
+    edit(toy / "task9_toy" / "task.py", "SHARED = 1", "SHARED = 2")
+    assert states(toy) == [False, False, False]
+
+
+def test_file_times_do_not_matter(toy):
+    for path in toy.rglob("*.py"):
+        os.utime(path, (1, 1))
+    assert states(toy) == [True, True, True]
+
+
+def test_settings_are_part_of_freshness(toy):
+    assert not fresh(toy, "02_b", "--set", "scale_02_b=5")[0]
+    assert run(toy, "02_b", "--set", "scale_02_b=5").returncode == 0
+    assert fresh(toy, "02_b", "--set", "scale_02_b=5")[0]
+
+
+def test_a_clone_without_runs_is_fresh_until_a_later_step_must_run(toy):
+    (toy / "runs" / "cpu" / "task9_toy" / "01_a.txt").unlink()
+    assert states(toy) == [True, True, True]
+    edit(toy / "task9_toy" / "03_c.py", "scale_03_c: int = 2", "scale_03_c: int = 9")
+    assert states(toy) == [False, True, False]
+    assert "is missing and 03_c may need it" in fresh(toy, "01_a")[1]
+
+
+def test_half_a_result_is_stale_and_refused_as_input(toy):
+    path = toy / "results" / "cpu" / "task9_toy" / "01_a.json"
+    path.write_text(path.read_text()[:200])
+    assert states(toy) == [False, False, False]
+    done = run(toy, "02_b")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "01_a.json is cut short" in done.stderr and "make task9" in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--set", "scael_01_a=3"], ["unknown knob 'scael_01_a'", "did you mean 'scale_01_a'"]), (["--set", "scale_01_a=much"], ["scale_01_a='much'", "expected int"]),
+    (["--set", "scale_01_a"], ["expected KNOB=VALUE"]), (["--profile", "cpuu"], ["unknown profile 'cpuu'", "smoke, cpu, gpu"]),
+    (["--run", "../x"], ["RUN='../x'"])])
+def test_mistyped_arguments_are_one_line(toy, arguments, words):
+    done = run(toy, "01_a", *arguments)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_write_survives_a_kill_with_the_old_file_whole(tmp_path):
+    """A process that rewrites a file for ever is killed eight times: the file is always one whole version."""
+    target = tmp_path / "result.json"
+    script = ("import json, itertools, pathlib\nfrom common import results\n"
+              f"for i in itertools.count(): results.write_atomic(pathlib.Path({str(target)!r}), json.dumps([i] * 50000))")
+    for _ in range(8):
+        child = subprocess.Popen([sys.executable, "-c", script], env=environment(results.ROOT))
+        while not target.exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert len(set(json.loads(target.read_text()))) == 1
+
+
+def test_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
+    target = tmp_path / "result.json"
+    results.write_atomic(target, "old")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="disk full while writing"):
+        results.write_atomic(target, "new")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_knobs_reads_reasons_above_and_beside(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text('class Config:\n    # above, first line\n    # second line\n    a: int = 1\n    b: int = 2  # beside\n    c: int = 3\n'
+                    'PROFILES = {"gpu": dict(\n    a=4,  # bigger\n)}\n')
+    knobs = results.knobs(path)
+    assert [knobs[k]["reason"] for k in "abc"] == ["above, first line second line", "beside", ""]
+    assert knobs["a"]["profiles"]["gpu"] == {"value": "4", "reason": "bigger"}
+
+
+def test_nan_is_never_stored(toy):
+    edit(toy / "task9_toy" / "01_a.py", '"value": run.cfg.scale_01_a', '"value": float("nan")')
+    assert run(toy, "01_a").returncode != 0
+    assert json.loads((toy / "results" / "cpu" / "task9_toy" / "01_a.json").read_text())["rows"][0]["value"] == 0

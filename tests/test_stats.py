@@ -1,0 +1,60 @@
+"""Intervals and p-values against cases that can be worked out by hand."""
+
+import numpy as np
+import pytest
+
+from common import stats
+
+
+def test_permutation_p_is_the_exact_count_over_sign_flips():
+    """Differences 1, 2, 3, 4: of 2^4 = 16 sign patterns only +++ + and ---- reach |sum| = 10, so p = 2/16."""
+    assert stats.paired_delta([0, 0, 0, 0], [1, 2, 3, 4])["p"] == pytest.approx(2 / 16)
+
+
+def test_delta_is_a_ratio_of_totals_not_a_mean_of_ratios():
+    """Totals 10 -> 4 over 1 token and 10 -> 13 over 3 tokens: (-6 + 3) / 4 = -0.75 nats a token."""
+    assert stats.paired_delta([10, 10], [4, 13], weights=[1, 3])["value"] == pytest.approx(-0.75)
+
+
+def test_constant_difference_has_a_point_interval():
+    delta = stats.paired_delta(np.arange(20.0), np.arange(20.0) + 2)
+    assert delta["value"] == delta["lo"] == delta["hi"] == 2
+
+
+def test_interval_of_a_normal_mean_matches_theory():
+    """100 values with mean 0 and sd exactly 1: the 95 % interval is close to +-1.96 / sqrt(100)."""
+    values = np.random.default_rng(0).normal(size=100)
+    values = (values - values.mean()) / values.std(ddof=1)
+    got = stats.mean_interval(values)
+    assert got["value"] == pytest.approx(0, abs=1e-12)
+    assert (got["lo"], got["hi"]) == (pytest.approx(-0.196, abs=0.015), pytest.approx(0.196, abs=0.015))
+
+
+def test_mcnemar_counts_only_the_discordant_items():
+    """6 gained, 1 lost, 5 unchanged: two-sided exact binomial p = 2 * (1 + 7) / 2^7 = 0.125; accuracy moves by 5/12."""
+    before, after = [0] * 6 + [1] + [1] * 5, [1] * 6 + [0] + [1] * 5
+    got = stats.mcnemar(before, after)
+    assert got["p"] == pytest.approx(0.125)
+    assert got["value"] == pytest.approx(5 / 12)
+
+
+def test_same_items_give_the_same_interval_twice():
+    before, after = np.random.default_rng(1).normal(size=(2, 30))
+    assert stats.paired_delta(before, after) == stats.paired_delta(before, after)
+
+
+def test_identical_arms_show_no_difference():
+    delta = stats.paired_delta([1, 2, 3], [1, 2, 3])
+    assert delta["p"] == 1 and stats.verdict(delta, True) == "no difference shown"
+
+
+@pytest.mark.parametrize(("lo", "hi", "higher", "word"), [(0.1, 0.3, True, "improved"), (0.1, 0.3, False, "worse"),
+                                                        (-0.3, -0.1, False, "improved"), (-0.1, 0.2, True, "no difference shown")])
+def test_verdict(lo, hi, higher, word):
+    assert stats.verdict({"value": (lo + hi) / 2, "lo": lo, "hi": hi}, higher) == word
+
+
+@pytest.mark.parametrize("arms", [([1], [2]), ([1, 2], [1]), ([1, float("nan")], [1, 2])])
+def test_unusable_arms_raise(arms):
+    with pytest.raises(ValueError):
+        stats.paired_delta(*arms)
