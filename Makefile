@@ -13,11 +13,15 @@ STEPS1 := $(R)/task1_decoder/01_data.json $(R)/task1_decoder/02_baseline.json $(
 export PYTHONPATH := $(CURDIR)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
+# progress bars belong on a terminal, not in a log file
+ifndef MAKE_TERMERR
+export TQDM_DISABLE := 1
+endif
 
 .DELETE_ON_ERROR:
 # two trainings on one device are an out-of-memory error, not a speed-up
 .NOTPARALLEL:
-.PHONY: all task1 task2 task3 report ablations check test lint smoke setup help clean FORCE
+.PHONY: all task1 task2 task3 report check test lint smoke setup help clean FORCE
 
 all: task1 report              ## everything there is for PROFILE, then report.md: 12 min on 2 cores after set-up
 

@@ -300,10 +300,9 @@ def start(main, config_class, *profiles: dict) -> None:
 
 def hush() -> None:
     """No progress bars in a log file, and no word from lm-eval below an error."""
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    for name, switch in (("transformers.utils.logging", "disable_progress_bar"), ("datasets", "disable_progress_bars")):
-        if name in sys.modules:
-            getattr(sys.modules[name], switch)()
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
