@@ -18,8 +18,8 @@ from task1_decoder import task
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # Held-out items that 02 and 04 score: 200 put the 95 % interval of the NLL's change near +-0.1 nats a token; reading and
-    # continuing them takes a minute on 2 cores. Four times as many would halve the interval.
+    # Held-out items that 02 and 04 score: 200 put the 95 % interval of the NLL's change at +-0.08 nats a token; reading and
+    # continuing them takes 50 s on 2 cores. Four times as many would halve the interval.
     n_test: int = 200
     # Items for the dev loss that picks the adapter. Small, because it is read four times in training: 64 cost 6 s a reading.
     n_dev: int = 64

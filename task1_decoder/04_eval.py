@@ -22,7 +22,7 @@ class Config(task.Config):
     # As trained and as the baseline was measured.
     precision: str = "nf4"
     # Items of the attribution table (4 and 16 bits, with and without adapter, merged): three more passes for the 16-bit rows.
-    n_attribution: int = 100
+    n_attribution: int = 80
 
 
 PROFILES = {
@@ -62,6 +62,8 @@ def attribution(run, tokenizer, adapter, test, nf4):
         reference, _ = task.column(items["NF4 base" if "base" in name else "NF4 + adapter"], "nll_per_token")
         rows.append({"table": "attribution", "model": name, "metric": "nll_per_token", **stats.ratio_interval(values, weights)})
         rows.append({"table": "attribution", "model": name, "metric": "minus_nf4", **stats.paired_delta(reference, values, weights)})
+    best_base, tuned = (task.column(items[name], "nll_per_token")[0] for name in ("bf16 base", "NF4 + adapter"))
+    rows.append({"table": "attribution", "model": "NF4 + adapter", "metric": "minus_bf16_base", **stats.paired_delta(best_base, tuned, weights)})
     return rows
 
 

@@ -38,6 +38,13 @@ def test_mcnemar_counts_only_the_discordant_items():
     assert got["value"] == pytest.approx(5 / 12)
 
 
+def test_mcnemar_interval_agrees_with_its_p():
+    """4 lost of 100, none gained: p = 2 / 2^4 = 0.125, so 0 has to lie inside. Centre -4/102, half 1.96 sqrt(5 - 16/102) / 102."""
+    got = stats.mcnemar([1] * 4 + [0] * 96, [0] * 100)
+    assert got["p"] == pytest.approx(0.125) and stats.verdict(got, True) == "no difference shown"
+    assert (got["lo"], got["hi"]) == (pytest.approx(-0.08150, abs=1e-4), pytest.approx(0.00306, abs=1e-4))
+
+
 def test_same_items_give_the_same_interval_twice():
     before, after = np.random.default_rng(1).normal(size=(2, 30))
     assert stats.paired_delta(before, after) == stats.paired_delta(before, after)
