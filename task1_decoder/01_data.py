@@ -92,6 +92,7 @@ def main(run):
     cfg = run.cfg
     if cfg.data != "corpus" and cfg.instruction == task.CORPUS_INSTRUCTION:
         raise SystemExit(f"DATA={cfg.data}: say what your prompts ask for, SET=\"'instruction=...'\" (SET=instruction= for nothing)")
+    tokenizer = models.load_tokenizer(cfg.model)  # first, so that a wrong MODEL= is said before anything is built
     rows, counts = corpus_rows() if cfg.data == "corpus" else own_rows(run)
     splits = {}
     for split, size in (("test", cfg.n_test), ("dev", cfg.n_dev), ("train", cfg.n_train)):
@@ -106,7 +107,6 @@ def main(run):
     if any(leaks.values()):
         raise SystemExit(f"training shares rows with the held-out splits: {leaks}; the split in common/corpus.py is broken")
 
-    tokenizer = models.load_tokenizer(cfg.model)
     prompt = task.Prompt(tokenizer, cfg, style=splits["test"][0].get("style", "chat"))
     table = [{"table": "counts", "model": "all", "metric": k, "value": v} for k, v in counts.items()]
     table += [{"table": "leaks", "model": split, "metric": kind, "value": n, "n": counts[split]} for (split, kind), n in leaks.items()]

@@ -121,7 +121,8 @@ def test_half_a_result_is_stale_and_refused_as_input(toy):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--set", "scael_01_a=3"], ["unknown knob 'scael_01_a'", "did you mean 'scale_01_a'"]), (["--set", "scale_01_a=much"], ["scale_01_a='much'", "expected int"]),
+    (["--set", "scael_01_a=3"], ["unknown knob 'scael_01_a'", "did you mean 'scale_01_a'"]),
+    (["--set", "scale_01_a=much"], ["scale_01_a='much'", "expected int"]),
     (["--set", "scale_01_a"], ["expected KNOB=VALUE"]), (["--profile", "cpuu"], ["unknown profile 'cpuu'", "smoke, cpu, gpu"]),
     (["--run", "../x"], ["RUN='../x'"])])
 def test_mistyped_arguments_are_one_line(toy, arguments, words):
