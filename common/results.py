@@ -6,7 +6,7 @@ this module loads neither numpy nor torch, so `make` on an up-to-date tree costs
 
     python -m common.results fresh results/cpu/task1_decoder/03_train.json [the step's own arguments]
 
-exits 0 and says "fresh", or exits 1 and names what changed.
+exits 0 and says "fresh", exits 1 and names what changed, or exits 2 if the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def knobs(path: Path) -> dict[str, dict]:
 
     def reason(node) -> str:
         above, line = [], node.lineno - 1
-        while line in alone:
+        while line in alone and not comments[line].startswith("--"):  # "# -- the optimiser --" is a heading
             above.insert(0, comments[line])
             line -= 1
         after, line = [comments.get(node.end_lineno, "")], node.end_lineno + 1
@@ -198,8 +198,8 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     for name in settings:
         if name not in everything:
             near = difflib.get_close_matches(name, everything, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise SystemExit(f"unknown knob {name!r}: {hint}knobs of {script.parent.name}: {', '.join(everything)}")
+            hint = f"did you mean {near[0]!r}?" if near else f"knobs of {script.parent.name}: {', '.join(everything)}"
+            raise SystemExit(f"unknown knob {name!r}: {hint}")
     args.run = args.run or args.profile
     if not re.fullmatch(r"[A-Za-z0-9._-]+", args.run) or args.run.startswith("."):
         raise SystemExit(f"RUN={args.run!r} is a folder name: letters, digits, '.', '_' and '-' only")
@@ -233,7 +233,6 @@ class Run:
         self.profile, self.name, self.settings, self.cfg = args.profile, args.run, args.settings, config
         self.task, self.step = script.parent.name, script.stem
         self.folder = ROOT / "runs" / self.name / self.task  # weights, predictions, caches: git-ignored
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.result_path = ROOT / "results" / self.name / self.task / f"{self.step}.json"
         self.inputs: dict[str, str] = {}
         self.started = time.time()
@@ -384,7 +383,11 @@ def main(argv: list[str]) -> int:
     script = ROOT / path.parent.name / f"{path.stem}.py"
     if not script.exists():
         raise SystemExit(f"{shown(path)}: no step {shown(script)}")
-    reason = stale_reason(path, parse_arguments(argv[2:], script))
+    try:
+        reason = stale_reason(path, parse_arguments(argv[2:], script))
+    except SystemExit as wrong:  # the arguments, not the result: running the step would only say it again
+        print(wrong, file=sys.stderr)
+        return 2
     print(f"{path.parent.name}/{path.stem}: {'fresh' if reason is None else 'stale, ' + reason}")
     return reason is not None
 

@@ -61,7 +61,7 @@ def results_block(found: Found) -> str:
         table(HEAD, [line for name in others for line in compare(rows, name)]), f"![benchmark deltas](results/{run}/{TASK}/deltas.svg)",
         "Is it the 4 bits, the adapter or the merge? The same items throughout, NLL per token:",
         table(["model", "NLL per token [95 %]", "minus its NF4 counterpart [95 %]", "n"], parts),
-        "The fairest single number: the 4-bit model with its adapter against the base in 16 bits, which no quantisation has hurt: "
+        "The fairest single number: the 4-bit model with its adapter against the base in 16 bits, which NF4 has not hurt: "
         f"**{interval(rows.one(table='attribution', metric='minus_bf16_base'))}** nats per token."])
 
 

@@ -132,6 +132,12 @@ def test_mistyped_arguments_are_one_line(toy, arguments, words):
         assert word in done.stderr
 
 
+def test_wrong_arguments_stop_make_before_the_step(toy):
+    done = subprocess.run([sys.executable, "-m", "common.results", "fresh", "results/cpu/task9_toy/01_a.json", "--set", "nothing=1"], cwd=toy,
+                          env=environment(toy), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "unknown knob 'nothing'" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_write_survives_a_kill_with_the_old_file_whole(tmp_path):
     """A process that rewrites a file for ever is killed eight times: the file is always one whole version."""
     target = tmp_path / "result.json"
