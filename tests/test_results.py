@@ -27,7 +27,7 @@ PROFILES = {{"smoke": dict(), "cpu": dict(), "gpu": dict()}}
 
 def main(run):
     {load}
-    (run.folder / "{step}.txt").write_text("made")
+    results.write_atomic(run.folder / "{step}.txt", "made")
     run.save([{{"table": "toy", "model": "m", "metric": "x", "value": run.cfg.scale_{step}}}], artifacts=["{step}.txt"])
 
 if __name__ == "__main__":
