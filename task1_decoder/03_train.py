@@ -5,22 +5,20 @@ Writes  results/<run>/task1_decoder/03_train.json, runs/<run>/task1_decoder/{ada
 Needs   about 4.5 min and 3 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the last checkpoint
 """
 
-import hashlib
 import json
 import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from peft import LoraConfig, get_peft_model
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from common import models, results
-from task1_decoder import task
+from task1_decoder import task, training
 
 
 @dataclass(frozen=True)
@@ -96,78 +94,6 @@ PROFILES = {
 }
 
 
-def schedule_rows(rows, cfg):
-    """The rows of every step in training order: epochs of shuffled batches whose rows have similar length.
-
-    The list is the schedule, read in sequence, so a resumed run sees exactly what the uninterrupted one would have seen.
-    """
-    rng, ordered, needed = random.Random(cfg.seed), [], cfg.max_steps * cfg.batch_size
-    while len(ordered) < needed:
-        epoch = rng.sample(rows, len(rows))[:needed - len(ordered)]
-        for start in range(0, len(epoch), cfg.bucket * cfg.batch_size):
-            span = sorted(epoch[start:start + cfg.bucket * cfg.batch_size], key=lambda r: r["length"])
-            batches = [span[i:i + cfg.batch_size] for i in range(0, len(span), cfg.batch_size)]
-            rng.shuffle(batches)
-            ordered += [row for batch in batches for row in batch]
-    return ordered
-
-
-class DevTrainer(Trainer):
-    """Trainer whose evaluation is task.nll: weighted by token, and the very function that 02 and 04 report."""
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        self.model.eval()
-        with self.autocast_smart_context_manager():
-            items = task.nll(self.model, self.processing_class, self.eval_dataset, self.args.per_device_eval_batch_size)
-        self.model.train()
-        metrics = {"eval_loss": sum(i["nats"] for i in items) / sum(i["tokens"] for i in items)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-class Log(TrainerCallback):
-    """One key=value line on the screen and one JSON line in log.jsonl per logging step."""
-
-    def __init__(self, run, path):
-        self.run, self.path = run, path
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        kept = {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
-        if kept:
-            self.run.log(step=f"{state.global_step}/{state.max_steps}", **kept)
-            with self.path.open("a") as stream:
-                stream.write(json.dumps({"step": state.global_step, **kept}) + "\n")
-
-
-def open_checkpoints(run, data):
-    """(folder, last checkpoint or None). Checkpoints of other knobs or other data are removed: resuming would mix two runs."""
-    folder = run.folder / "checkpoints"
-    identity = hashlib.sha256(json.dumps([asdict(run.cfg), results.result_hash(data)]).encode()).hexdigest()
-    stored = folder / "identity"
-    if folder.exists() and not (stored.exists() and stored.read_text() == identity):
-        shutil.rmtree(folder)
-    folder.mkdir(exist_ok=True)
-    stored.write_text(identity)
-    return folder, get_last_checkpoint(str(folder))
-
-
-def check_reload(cfg, model, adapter, batch):
-    """Largest logit difference between the model in memory and base + adapter from disk; must be 0. A saved thing nobody
-    reloaded is not saved."""
-    inputs = {k: v.to(model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-    fresh = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision, cfg.double_quant), adapter).eval()
-    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16):
-        reloaded, kept = fresh(**inputs).logits, model.eval()(**inputs).logits
-        with fresh.disable_adapter():
-            base = fresh(**inputs).logits
-    difference = (reloaded - kept).abs().max().item()
-    if difference != 0 or torch.equal(reloaded, base):
-        raise SystemExit(f"{results.shown(adapter)} reloads wrongly: logits differ by {difference}, "
-                         f"{'and equal the base' if torch.equal(reloaded, base) else 'though they are not the base'}")
-    return difference
-
-
 def main(run):
     cfg = run.cfg
     data = run.load("01_data")
@@ -176,7 +102,7 @@ def main(run):
     prompt = task.Prompt(tokenizer, cfg, style=dev[0].get("style", "chat"))
     dev = [task.encode(prompt, row, cfg) for row in dev]
     drawn = random.Random(cfg.seed).sample(pool, min(len(pool), cfg.max_steps * cfg.batch_size))
-    train = schedule_rows([task.encode(prompt, row, cfg) for row in drawn], cfg)
+    train = training.schedule_rows([task.encode(prompt, row, cfg) for row in drawn], cfg)
 
     transformers.set_seed(cfg.seed)  # before get_peft_model: the Trainer seeds too late for the initial adapter
     model = models.load_decoder(cfg.model, cfg.precision, cfg.double_quant)
@@ -189,14 +115,14 @@ def main(run):
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.log(trainable=trainable, rows=len(drawn), predicted_MiB=predicted["total"] // 2**20)
 
-    checkpoints, resume = open_checkpoints(run, data)
+    checkpoints, resume = training.open_checkpoints(run, data)
     log = run.folder / "log.jsonl"
     done = int(resume.rsplit("-", 1)[1]) if resume else -1  # lines after the checkpoint will be written again
     results.write_atomic(log, "".join(json.dumps(h) + "\n" for h in task.read_rows(log) if h["step"] <= done) if log.exists() else "")
-    trainer = DevTrainer(
+    trainer = training.DevTrainer(
         model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=dev,
         data_collator=lambda examples: task.collate(examples, tokenizer.pad_token_id),
-        callbacks=[Log(run, log), EarlyStoppingCallback(cfg.patience)],
+        callbacks=[training.Log(run, log), EarlyStoppingCallback(cfg.patience)],
         args=TrainingArguments(
             output_dir=str(checkpoints), per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=cfg.eval_batch_size,
             train_sampling_strategy="sequential", max_steps=cfg.max_steps, learning_rate=cfg.learning_rate,
@@ -227,7 +153,7 @@ def main(run):
         "adapter_file_bytes": (adapter / "adapter_model.safetensors").stat().st_size, "peak_bytes_before_training": resident,
         "measured_peak_bytes": results.peak_memory(),
         **{f"predicted_{name}_bytes": value for name, value in predicted.items()},
-        "reload_max_logit_difference": check_reload(cfg, model, adapter, task.collate(dev[:4], tokenizer.pad_token_id))}
+        "reload_max_logit_difference": training.check_reload(cfg, model, adapter, task.collate(dev[:4], tokenizer.pad_token_id))}
     rows = [{"table": "curve", "model": "tuned", "metric": m, "step": h["step"], "value": h[m]}
             for h in history for m in ("loss", "eval_loss") if m in h]
     rows += [{"table": "training", "model": "tuned", "metric": name, "value": value} for name, value in facts.items()]
