@@ -34,7 +34,8 @@ class Reader:
             self.prefix = self.decoder(input_ids=torch.tensor([shared], device=self.device), use_cache=True).past_key_values
 
     def read(self, prompts: list[list[int]]):
-        """(cache, mask, last) of left-padded prompts: cache over (rows, columns), mask (rows, columns), last hidden (rows, hidden)."""
+        """Read prompts, left-padded, and keep what logprobs() and generate() continue from: ids and mask (rows, columns), cache, and
+        the last hidden state (rows, hidden)."""
         rows, skip = [p[len(self.shared):] for p in prompts], len(self.shared)
         width = max(map(len, rows))
         self.ids = torch.tensor([self.shared + [self.pad] * (width - len(r)) + r for r in rows], device=self.device)
@@ -51,7 +52,7 @@ class Reader:
     def logprobs(self, owners: list[int], continuations: list[list[int]]):
         """Log-probability and greedy hit of every token of continuation i after prompt `owners[i]` of the last read().
 
-        Returns two lists of lists. The cache grows by the continuations: rewind() before it serves generation.
+        Returns two lists of lists. The cache grows by the continuations; generate() drops them again.
         """
         owner, longest = torch.tensor(owners, device=self.device), max(map(len, continuations))
         padded = torch.tensor([c + [self.pad] * (longest - len(c)) for c in continuations], device=self.device)
