@@ -9,7 +9,7 @@ VENV := .venv
 PY ?= $(VENV)/bin/python
 ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(SET),--set $(SET))
 R := results/$(RUN)
-STEPS1 := $(R)/task1_decoder/01_data.json $(R)/task1_decoder/02_baseline.json $(R)/task1_decoder/03_train.json $(R)/task1_decoder/04_eval.json
+steps = $(foreach step,01_data 02_baseline 03_train 04_eval,$(R)/$(1)/$(step).json)
 export PYTHONPATH := $(CURDIR)
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
@@ -24,11 +24,15 @@ endif
 .DELETE_ON_ERROR:
 # two trainings on one device are an out-of-memory error, not a speed-up
 .NOTPARALLEL:
-.PHONY: all task1 task2 task3 report check test lint smoke setup help clean FORCE
+.PHONY: all task1 task2 ablations report check test lint smoke setup help clean FORCE
 
-all: task1 report              ## everything there is for PROFILE, then report.md: 12 min on 2 cores after set-up
+all: task1 task2 report        ## everything there is for PROFILE, then report.md: 20 min on 2 cores after set-up
 
-task1: setup $(STEPS1)         ## decoder: data, baseline, QLoRA, evaluation; only stale steps (12 min on 2 cores)
+task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (12 min on 2 cores)
+
+task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (8 min on 2 cores)
+
+ablations: task2 $(R)/task2_encoder/ablations.json  ## what each choice of task 2 was worth, a training per row (45 min on 2 cores)
 
 $(R)/%.json: FORCE
 	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $*.py $(ARGS) ;; *) exit 2 ;; esac
@@ -47,7 +51,7 @@ test: setup lint               ## lint, tests, then the smoke pipeline (6.5 min 
 	@$(MAKE) --no-print-directory smoke PY=$(PY)
 
 smoke: setup                   ## every step on a few rows: proves the path, never a number (2 min)
-	@$(MAKE) --no-print-directory task1 PROFILE=smoke PY=$(PY)
+	@$(MAKE) --no-print-directory task1 task2 PROFILE=smoke PY=$(PY)
 
 ifeq ($(PY),$(VENV)/bin/python)
 setup: $(VENV)/.ready          ## venv with the pinned packages and the embedded models; every target calls it (3 min once)
@@ -69,4 +73,4 @@ clean:                         ## deletes runs/ and the smoke results; committed
 
 help:                          ## this list (0 s)
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|folder|hub id  DATA=file|hub id  SET="knob=value ..."  PY=python3'
+	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|embedded-minilm|folder|hub id  DATA=file|hub id  SET="knob=value ..."  PY=python3'

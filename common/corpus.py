@@ -199,15 +199,17 @@ def split_of(package: str) -> str:
     return next((split for split, names in HELD_OUT.items() if package in names), "train")
 
 
-def load() -> tuple[list[dict], dict[str, int]]:
-    """The de-duplicated corpus, built once per set of package versions: (rows with `id` and `split`, counts).
+def load(deduplicated: bool = True) -> tuple[list[dict], dict[str, int]]:
+    """The corpus, built once per set of package versions: (rows with `id` and `split`, counts).
 
-    Held-out packages come first in PACKAGES, so of two copies the one in training is dropped.
+    Held-out packages come first in PACKAGES, so of two copies the one in training is dropped. With deduplicated=False nothing is
+    dropped: retrieval wants to know all functions that share a summary, because each of them is a right answer.
     """
-    recipe = json.dumps([versions(), results.source_hash(Path(__file__))], sort_keys=True)
+    recipe = json.dumps([versions(), results.source_hash(Path(__file__)), deduplicated], sort_keys=True)
     cache = results.ROOT / "runs" / "assets" / f"corpus-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.json"
     if not cache.exists():
-        rows, counts = deduplicate(parse_packages())
+        rows = parse_packages()
+        rows, counts = deduplicate(rows) if deduplicated else (rows, {"parsed": len(rows)})
         for row in rows:
             row["id"] = hashlib.sha256(f"{row['module']}:{row['qualname']}:{row['code']}".encode()).hexdigest()[:16]
             row["split"] = split_of(row["package"])

@@ -88,7 +88,7 @@ def read(path: Path) -> dict:
 
 def command(path: Path) -> str:
     """The make command that builds results/<run>/<task>/<step>.json."""
-    run, task = path.parent.parent.name, path.parent.name
+    run, task = path.parent.parent.name, "ablations" if path.stem == "ablations" else path.parent.name
     profile = "" if run == "cpu" else f" PROFILE={run}" if run in ("smoke", "gpu") else f" RUN={run}"
     return f"make {task.split('_')[0]}{profile}"
 
@@ -370,9 +370,10 @@ def stale_reason(path: Path, args=None) -> str | None:
     runs = ROOT / "runs" / result["run"] / result["task"]
     missing = [name for name in result["artifacts"] if not (runs / name).exists()]
     if missing:  # a clone has the results but not runs/: that matters only if a later step has to run
-        for later in sorted((ROOT / result["task"]).glob("[0-9]*.py")):
-            if later.stem > result["step"] and (reason := changed(path.with_name(f"{later.stem}.json"))):
-                return f"{shown(runs / missing[0])} is missing and {later.stem} may need it ({reason})"
+        readers = [script.stem for script in sorted((ROOT / result["task"]).glob("[0-9]*.py")) if script.stem > result["step"]]
+        for later in readers + ["ablations"] * path.with_name("ablations.json").exists():
+            if reason := changed(path.with_name(f"{later}.json")):
+                return f"{shown(runs / missing[0])} is missing and {later} may need it ({reason})"
     return None
 
 

@@ -9,11 +9,6 @@ RESAMPLES = 9999  # Monte-Carlo error of a 95 % bound is then about 1 % of the i
 SEED = 0  # fixed: the same items give the same interval, so a report can be rendered twice
 
 
-def mean_interval(values) -> dict:
-    """Mean of independent items with its 95 % bootstrap interval: {"value", "lo", "hi", "n"}."""
-    return ratio_interval(values, np.ones(len(values)))
-
-
 def ratio_interval(totals, weights) -> dict:
     """sum(totals) / sum(weights) with a 95 % bootstrap interval over items, e.g. nats per token: {"value", "lo", "hi", "n"}."""
     totals, weights = _finite(totals), _finite(weights)
@@ -57,8 +52,11 @@ def mcnemar(before, after) -> dict:
 
 
 def verdict(delta: dict, higher_is_better: bool) -> str:
-    """"improved" / "worse" only if the 95 % interval excludes 0, else "no difference shown"."""
-    if delta["lo"] <= 0 <= delta["hi"]:
+    """"improved" / "worse" only if the 95 % interval excludes 0 and p < 0.05, else "no difference shown".
+
+    Both, because at the edge an interval can exclude 0 where the exact test says p = 0.07.
+    """
+    if delta["lo"] <= 0 <= delta["hi"] or delta["p"] >= 0.05:
         return "no difference shown"
     return "improved" if (delta["value"] > 0) == higher_is_better else "worse"
 

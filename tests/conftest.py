@@ -30,6 +30,23 @@ def tiny_model_folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
+def tiny_encoder_folder(tmp_path_factory):
+    """A two-layer random BERT with the embedded encoder's tokenizer, saved as a sentence-transformers folder of 64 dimensions."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import BertConfig, BertModel
+    folder = tmp_path_factory.mktemp("tiny_encoder")
+    tokenizer = models.load_encoder("embedded-minilm", "fp32").tokenizer
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         max_position_embeddings=128, initializer_range=0.2)).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    encoder = SentenceTransformer(modules=[Transformer(str(folder / "bert"), max_seq_length=128), Pooling(64), Normalize()], device="cpu")
+    encoder.save_pretrained(str(folder / "model"), create_model_card=False)
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_model_folder):
     return models.load_decoder(str(tiny_model_folder), "fp32")
 
@@ -39,7 +56,7 @@ def repo(tmp_path_factory):
     """A copy of the code that shares only the cached assets, so a test never touches the real results."""
     models.resolve("embedded-135m")
     root = tmp_path_factory.mktemp("repo")
-    for folder in ("common", "task1_decoder"):
+    for folder in ("common", *(path.name for path in results.ROOT.glob("task*") if path.is_dir())):
         shutil.copytree(results.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "runs").mkdir()
     (root / "runs" / "assets").symlink_to(results.ROOT / "runs" / "assets")
@@ -50,9 +67,9 @@ def environment(root: Path) -> dict:
     return os.environ | {"PYTHONPATH": str(root), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def step(root: Path, name: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
-    """Run a numbered script of task 1 in `root` with the smoke profile."""
-    command = [sys.executable, f"task1_decoder/{name}.py", "--profile", "smoke", *args]
+def step(root: Path, name: str, *args: str, task: str = "task1_decoder", **kwargs) -> subprocess.CompletedProcess:
+    """Run a script of a task in `root` with the smoke profile."""
+    command = [sys.executable, f"{task}/{name}.py", "--profile", "smoke", *args]
     return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True, timeout=300, check=False, **kwargs)
 
 

@@ -111,6 +111,16 @@ def test_a_clone_without_runs_is_fresh_until_a_later_step_must_run(toy):
     assert "is missing and 03_c may need it" in fresh(toy, "01_a")[1]
 
 
+def test_a_clone_without_runs_makes_again_what_stale_ablations_need(toy):
+    (toy / "task9_toy" / "ablations.py").write_text(TOY.format(scale=4, load='run.load("03_c")', step="ablations"))
+    assert run(toy, "ablations").returncode == 0
+    (toy / "runs" / "cpu" / "task9_toy" / "01_a.txt").unlink()
+    assert states(toy) == [True, True, True]
+    edit(toy / "task9_toy" / "ablations.py", "scale_ablations: int = 4", "scale_ablations: int = 9")
+    assert states(toy) == [False, True, True]
+    assert "is missing and ablations may need it" in fresh(toy, "01_a")[1]
+
+
 def test_half_a_result_is_stale_and_refused_as_input(toy):
     path = toy / "results" / "cpu" / "task9_toy" / "01_a.json"
     path.write_text(path.read_text()[:200])

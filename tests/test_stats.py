@@ -25,7 +25,7 @@ def test_interval_of_a_normal_mean_matches_theory():
     """100 values with mean 0 and sd exactly 1: the 95 % interval is close to +-1.96 / sqrt(100)."""
     values = np.random.default_rng(0).normal(size=100)
     values = (values - values.mean()) / values.std(ddof=1)
-    got = stats.mean_interval(values)
+    got = stats.ratio_interval(values, np.ones(100))
     assert got["value"] == pytest.approx(0, abs=1e-12)
     assert (got["lo"], got["hi"]) == (pytest.approx(-0.196, abs=0.015), pytest.approx(0.196, abs=0.015))
 
@@ -55,10 +55,11 @@ def test_identical_arms_show_no_difference():
     assert delta["p"] == 1 and stats.verdict(delta, True) == "no difference shown"
 
 
-@pytest.mark.parametrize(("lo", "hi", "higher", "word"), [(0.1, 0.3, True, "improved"), (0.1, 0.3, False, "worse"),
-                                                        (-0.3, -0.1, False, "improved"), (-0.1, 0.2, True, "no difference shown")])
-def test_verdict(lo, hi, higher, word):
-    assert stats.verdict({"value": (lo + hi) / 2, "lo": lo, "hi": hi}, higher) == word
+@pytest.mark.parametrize(("lo", "hi", "p", "higher", "word"), [
+    (0.1, 0.3, 0.01, True, "improved"), (0.1, 0.3, 0.01, False, "worse"), (-0.3, -0.1, 0.01, False, "improved"),
+    (-0.1, 0.2, 0.3, True, "no difference shown"), (0.002, 0.115, 0.07, True, "no difference shown")])
+def test_verdict_needs_the_interval_and_the_p(lo, hi, p, higher, word):
+    assert stats.verdict({"value": (lo + hi) / 2, "lo": lo, "hi": hi, "p": p}, higher) == word
 
 
 @pytest.mark.parametrize("arms", [([1], [2]), ([1, 2], [1]), ([1, float("nan")], [1, 2])])

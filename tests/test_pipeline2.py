@@ -1,0 +1,138 @@
+"""Task 2's scripts as a user runs them on own pairs: all steps, resume after a kill, plain reload, one line for every user error."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import environment, one_line, step
+
+TASK = "task2_encoder"
+VERBS = ["sort", "open", "close", "count", "print", "merge", "split", "parse", "draw", "send", "load", "store"]
+THINGS = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
+TRAIN = ["--set", "max_steps=12", "eval_every=3", "batch_size=8", "n_pool=24", "n_more=0", "n_dev=24"]
+
+
+@pytest.fixture(scope="module")
+def own(repo, tiny_encoder_folder):
+    """Arguments for 120 pairs and a tiny encoder; every tenth anchor is there twice, with another positive."""
+    rng, rows = random.Random(0), []
+    for i in range(120):
+        verb, thing = VERBS[i % 12], THINGS[i // 12]
+        rows.append({"anchor": f"{verb} every {thing}" if i % 10 else f"{verb} many things",
+                     "positive": f"{thing} {rng.random()} then {verb} {rng.random()}"})
+    (repo / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return ["--model", str(tiny_encoder_folder), "--data", str(repo / "pairs.jsonl"), *TRAIN]
+
+
+def run(repo, name, *args, **kwargs):
+    return step(repo, name, *args, task=TASK, **kwargs)
+
+
+def rows_of(repo, run_name, name):
+    return json.loads((repo / "results" / run_name / TASK / f"{name}.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def whole(repo, own):
+    for name in ("01_data", "02_baseline", "03_train", "04_eval"):
+        assert (done := run(repo, name, "--run", "whole2", *own)).returncode == 0, f"{name}: {done.stderr[-2000:]}"
+    return repo / "runs" / "whole2" / TASK
+
+
+def test_own_pairs_run_through_all_four_steps(repo, whole):
+    rows = rows_of(repo, "whole2", "04_eval")
+    assert {r["model"] for r in rows if r["table"] == "headline"} == {"base", "tuned", "delta"}
+    assert all({"lo", "hi", "p", "n", "wins", "losses"} <= set(r) for r in rows if r["model"] == "delta")
+    assert any(r["metric"] == "queries_with_several" and r["value"] > 0 for r in rows_of(repo, "whole2", "01_data"))
+    assert next(r["value"] for r in rows_of(repo, "whole2", "03_train") if r["metric"] == "reload_difference") == 0
+
+
+def test_saved_models_open_in_a_fresh_process_with_the_same_mrr(repo, whole):
+    """Plain sentence-transformers, no module of this repository, against the figures 04 stored."""
+    code = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(sys.argv[1], device="cpu")
+rows = [r for r in map(json.loads, open(sys.argv[2])) if r["pool"]]
+queries, documents = (model.encode([r[side] for r in rows], normalize_embeddings=True) for side in ("anchor", "positive"))
+groups, reciprocal, asked = [r["group"] for r in rows], [], set()
+for i, row in enumerate(rows):
+    if row["anchor"].lower() not in asked:
+        asked.add(row["anchor"].lower())
+        order = (documents @ queries[i]).argsort()[::-1][:10]
+        reciprocal.append(max([1 / (place + 1) for place, j in enumerate(order) if groups[j] == groups[i]], default=0))
+print(sum(reciprocal) / len(reciprocal))
+"""
+    for folder, name in (("adapter", "fp32 + adapter"), ("merged", "merged fp32")):
+        done = subprocess.run([sys.executable, "-c", code, str(whole / folder), str(whole / "test.jsonl")], cwd="/", capture_output=True,
+                              text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        stored = next(r["value"] for r in rows_of(repo, "whole2", "04_eval")
+                      if (r["table"], r["model"], r["metric"]) == ("systems", name, "mrr@10"))
+        assert float(done.stdout) == pytest.approx(stored, abs=1e-6)
+
+
+def test_killed_and_resumed_training_equals_uninterrupted(repo, own, whole):
+    folder = repo / "runs" / "killed2" / TASK
+    assert run(repo, "01_data", "--run", "killed2", *own).returncode == 0
+    child = subprocess.Popen([sys.executable, f"{TASK}/03_train.py", "--profile", "smoke", "--run", "killed2", *own], cwd=repo,
+                             env=environment(repo), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").exists():
+        assert child.poll() is None and time.time() < deadline
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (folder / "adapter").exists()
+    assert (done := run(repo, "03_train", "--run", "killed2", *own)).returncode == 0, done.stderr
+    whole_curve, resumed = ([(r["metric"], r["step"], r["value"]) for r in rows_of(repo, name, "03_train") if r["table"] == "curve"]
+                            for name in ("whole2", "killed2"))
+    assert [c[:2] for c in whole_curve] == [c[:2] for c in resumed] and len(resumed) == 17
+    assert [c[2] for c in whole_curve] == pytest.approx([c[2] for c in resumed], abs=1e-4)
+
+
+def test_an_ablation_row_is_trained_once(repo, own, whole):
+    arguments = ["--run", "whole2", *own, "only=shuffled pairs"]
+    assert (done := run(repo, "ablations", *arguments)).returncode == 0, done.stderr[-2000:]
+    rows = rows_of(repo, "whole2", "ablations")
+    assert {r["model"] for r in rows if r["table"] == "ablation"} == {"as in 03", "shuffled pairs"}
+    stored = whole / "ablations" / "shuffled-pairs" / "row.json"
+    written = stored.stat().st_mtime_ns
+    assert run(repo, "ablations", *arguments).returncode == 0 and stored.stat().st_mtime_ns == written
+    one_line(run(repo, "ablations", "--run", "whole2", *own, "only=rank 5"), "no row 'rank 5'", "rank 64")
+
+
+def lines(*rows):
+    return "".join(json.dumps(dict(zip(("anchor", "positive"), row))) + "\n" for row in rows)
+
+
+GOOD = [(f"good anchor {i}", f"some positive text {i * 7919}") for i in range(120)]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    (lines(*GOOD, ("an anchor", " ")), ["row 121", "'positive'", "non-empty"]),
+    (lines(*GOOD, ("the same text", "The same text.")), ["row 121", "same text"]),
+    (lines(*GOOD, ("word", "a positive")), ["row 121", "one word"]),
+    ('{"anchor": "two words", "answer": "x"}\n', ["row 1", "anchor, answer", "expected anchor+positive"]),
+    (lines(*GOOD[:1] * 180, *GOOD[1:20]), ["179 duplicate rows but 20 unique"]),
+    (lines(*GOOD[:50]), ["50 rows", "at least 112"])])
+def test_bad_pairs_are_one_line_and_write_nothing(repo, own, tmp_path, text, words):
+    (tmp_path / "bad.jsonl").write_text(text)
+    one_line(run(repo, "01_data", "--run", "bad2", *own[:2], "--data", str(tmp_path / "bad.jsonl"), *TRAIN), *words)
+    assert not any((repo / place / "bad2").exists() for place in ("results", "runs"))
+
+
+def test_pairs_that_repeat_their_anchor_are_refused(repo, own, tmp_path):
+    both = [(verb, thing) for verb in VERBS for thing in THINGS]
+    (tmp_path / "told.jsonl").write_text(lines(*((f"{verb} one {thing}", f"{thing} {verb} {i}") for i, (verb, thing) in enumerate(both))))
+    one_line(run(repo, "01_data", "--run", "told2", *own[:2], "--data", str(tmp_path / "told.jsonl"), *TRAIN), "BM25 alone reaches")
+
+
+def test_model_errors_are_one_line(repo, own):
+    one_line(run(repo, "01_data", "--run", "long2", *own, "max_tokens=200"), "max_tokens=200", "at most 128 tokens")
+    one_line(run(repo, "03_train", "--run", "whole2", *own, "target_modules=Wqkv"), "no linear layer named Wqkv", "dense, key, query, value")
