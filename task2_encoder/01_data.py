@@ -52,9 +52,7 @@ def corpus_rows():
 def own_rows(run):
     """DATA= pairs, checked, their groups dealt to the splits by seed."""
     cfg = run.cfg
-    needed = cfg.n_pool + cfg.n_dev + 64
-    table = corpus.read_table(cfg.data, (("anchor", "positive"),), minimum=needed)
-    pairs.check_own(table, cfg.data)
+    table = pairs.read_own(cfg.data, minimum=cfg.n_pool + cfg.n_dev + 64)
     if Path(cfg.data).expanduser().is_file():
         run.track(Path(cfg.data).expanduser().absolute())
     rows = pairs.group([{"id": f"row{number:07}", "name": f"row {number}", "package": "own", **row} for number, row in enumerate(table, 1)])

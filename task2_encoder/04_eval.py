@@ -106,7 +106,7 @@ def main(run):
     for name in ("pool", "full", "masked", "general"):
         if name in after:
             rows += task.delta_rows(name, before[name], after[name])
-    rows = [row | {"table": "headline"} for row in rows if row["table"] == "pool" and row["metric"] in HEADLINE] + rows
+    rows = [row | {"table": "headline"} for metric in HEADLINE for row in rows if (row["table"], row["metric"]) == ("pool", metric)] + rows
     for name, members in task.slices(test).items():
         old, new = ([item for item in items["pool"] if item["id"] in members] for items in (before, after))
         for which, items in (("base", old), ("tuned", new)):

@@ -5,7 +5,7 @@ it; `make ablations` runs it. Interrupted, the same command goes on with the row
 
 Reads   the knobs and data of 01-04 of the same run
 Writes  results/<run>/task2_encoder/ablations.json, runs/<run>/task2_encoder/ablations/
-Needs   about 3 min a row, 40 min in all, and 3 GB on 2 cores
+Needs   about 3 min a row, 32 min in all, and 4 GB on 2 cores
 """
 
 import hashlib
@@ -35,18 +35,14 @@ PROFILES = {
 ROWS = {
     "shuffled pairs": ("qlora", {}),  # the control: the same texts, every anchor with another row's positive
     "LoRA on the fp32 base": ("lora", {}),
-    "full fine-tune, lr 1e-4": ("full", {"learning_rate": 1e-4}),
-    "full fine-tune, lr 3e-4": ("full", {"learning_rate": 3e-4}),
+    "full fine-tune, lr 1e-4": ("full", {"learning_rate": 1e-4}),  # a tenth of LoRA's; 2e-5 is usual for longer runs
+    "batches across packages": ("qlora", {"same_package": False}),
     "rank 4": ("qlora", {"lora_r": 4, "lora_alpha": 8}),
-    "rank 64": ("qlora", {"lora_r": 64, "lora_alpha": 128}),
     "lr 1e-4": ("qlora", {"learning_rate": 1e-4}),
     "lr 2e-4": ("qlora", {"learning_rate": 2e-4}),
     "lr 5e-4": ("qlora", {"learning_rate": 5e-4}),
-    "lr 1e-3": ("qlora", {"learning_rate": 1e-3}),
-    "lr 2e-3": ("qlora", {"learning_rate": 2e-3}),
+    "lr 1e-3": ("qlora", {"learning_rate": 1e-3}),  # as in 03 on a CPU, and then not trained again
     "half the batch, twice the steps": ("qlora", {"batch_size": 0.5, "max_steps": 2, "eval_every": 2, "warmup_steps": 2}),
-    "twice the batch, half the steps": ("qlora", {"batch_size": 2, "max_steps": 0.5, "eval_every": 0.5, "warmup_steps": 0.5}),
-    "batches across packages": ("qlora", {"same_package": False}),
     "seed 1": ("qlora", {"seed": 1}),
     "seed 2": ("qlora", {"seed": 2}),
 }
@@ -97,7 +93,7 @@ def main(run):
         table += task.delta_rows("ablation minus base", base, row["items"], ("mrr@10",), model=name)
         table += task.delta_rows("ablation minus 03", tuned, row["items"], ("mrr@10",), model=name) if name != "as in 03" else []
         table += [{"table": "ablation facts", "model": name, "metric": k, "value": row["facts"][k]} for k in
-                  ("trainable_parameters", "dev_mrr_before", "dev_mrr_best", "dev_mrr_last", "training_seconds", "steps")]
+                  ("trainable_parameters", "dev_mrr_before", "dev_mrr_best", "dev_mrr_last", "steps")]
     run.save(table)
 
 

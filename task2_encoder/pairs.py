@@ -97,8 +97,10 @@ def refuse_leaks(found: dict, told: int, lexical_mrr: float) -> None:
                          "an encoder has nothing to show; take the anchor's text out of the positives")
 
 
-def check_own(rows: list[dict], source: str) -> None:
-    """SystemExit with the row for pairs that cannot train a search: equal sides, one-word anchors, mostly duplicates."""
+def read_own(source: str, minimum: int) -> list[dict]:
+    """DATA= pairs {anchor, positive}. SystemExit with the row for what cannot train a search: what corpus.read_table refuses, equal
+    sides, one-word anchors, more duplicates than unique rows."""
+    rows = corpus.read_table(source, (("anchor", "positive"),), minimum)
     for number, row in enumerate(rows, 1):
         if normalise(row["anchor"]) == normalise(row["positive"]) or row["anchor"].strip() == row["positive"].strip():
             raise SystemExit(f"DATA={source} row {number}: anchor and positive are the same text ({row['anchor'][:40]!r})")
@@ -107,3 +109,4 @@ def check_own(rows: list[dict], source: str) -> None:
     unique = len({(row["anchor"], row["positive"]) for row in rows})
     if len(rows) - unique > unique:
         raise SystemExit(f"DATA={source}: {len(rows) - unique} duplicate rows but {unique} unique ones; remove the repeats first")
+    return rows

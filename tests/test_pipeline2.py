@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from task2_encoder import pairs
 from tests.conftest import environment, one_line, step
 
 TASK = "task2_encoder"
@@ -24,7 +25,7 @@ def own(repo, tiny_encoder_folder):
     for i in range(120):
         verb, thing = VERBS[i % 12], THINGS[i // 12]
         rows.append({"anchor": f"{verb} every {thing}" if i % 10 else f"{verb} many things",
-                     "positive": f"{thing} {rng.random()} then {verb} {rng.random()}"})
+                     "positive": f"{thing if i % 2 else 'it'} {rng.random()} then {VERBS.index(verb)} {rng.random()}"})
     (repo / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return ["--model", str(tiny_encoder_folder), "--data", str(repo / "pairs.jsonl"), *TRAIN]
 
@@ -104,7 +105,7 @@ def test_an_ablation_row_is_trained_once(repo, own, whole):
     stored = whole / "ablations" / "shuffled-pairs" / "row.json"
     written = stored.stat().st_mtime_ns
     assert run(repo, "ablations", *arguments).returncode == 0 and stored.stat().st_mtime_ns == written
-    one_line(run(repo, "ablations", "--run", "whole2", *own, "only=rank 5"), "no row 'rank 5'", "rank 64")
+    one_line(run(repo, "ablations", "--run", "whole2", *own, "only=rank 5"), "no row 'rank 5'", "rank 4")
 
 
 def lines(*rows):
@@ -121,16 +122,18 @@ GOOD = [(f"good anchor {i}", f"some positive text {i * 7919}") for i in range(12
     ('{"anchor": "two words", "answer": "x"}\n', ["row 1", "anchor, answer", "expected anchor+positive"]),
     (lines(*GOOD[:1] * 180, *GOOD[1:20]), ["179 duplicate rows but 20 unique"]),
     (lines(*GOOD[:50]), ["50 rows", "at least 112"])])
-def test_bad_pairs_are_one_line_and_write_nothing(repo, own, tmp_path, text, words):
+def test_bad_pairs_are_told_in_one_line(tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
-    one_line(run(repo, "01_data", "--run", "bad2", *own[:2], "--data", str(tmp_path / "bad.jsonl"), *TRAIN), *words)
-    assert not any((repo / place / "bad2").exists() for place in ("results", "runs"))
+    with pytest.raises(SystemExit) as told:
+        pairs.read_own(str(tmp_path / "bad.jsonl"), minimum=112)
+    assert all(word in str(told.value) for word in words) and "\n" not in str(told.value)
 
 
 def test_pairs_that_repeat_their_anchor_are_refused(repo, own, tmp_path):
     both = [(verb, thing) for verb in VERBS for thing in THINGS]
     (tmp_path / "told.jsonl").write_text(lines(*((f"{verb} one {thing}", f"{thing} {verb} {i}") for i, (verb, thing) in enumerate(both))))
     one_line(run(repo, "01_data", "--run", "told2", *own[:2], "--data", str(tmp_path / "told.jsonl"), *TRAIN), "BM25 alone reaches")
+    assert not any((repo / place / "told2").exists() for place in ("results", "runs"))
 
 
 def test_model_errors_are_one_line(repo, own):
