@@ -77,7 +77,8 @@ def results_block(found: Found) -> str:
         "Who gains? MRR@10 on the pool by length of the query and by package:",
         table(HEAD, [line for n in slices for line in compare(rows, n, n.removeprefix("slice: "))]),
         "Is it the 4 bits, the adapter or the merge, and would a search engine without training do? The same queries and pool throughout:",
-        systems(rows), fold("Baselines on both pools", table(["model", "documents", "MRR@10", "R@1", "R@10"], baselines)),
+        systems(rows), f"![MRR@10 of each system](results/{run}/{TASK}/systems.svg)",
+        fold("Baselines on both pools", table(["model", "documents", "MRR@10", "R@1", "R@10"], baselines)),
         "The embeddings as features for something else, package.subpackage of a held-out function (logistic regression, 5-fold; k-means, mean "
         "of 10 starts):", table(["metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "verdict"], down),
         f"![embedding map](results/{run}/{TASK}/map.svg)",
@@ -139,6 +140,17 @@ def curve_figure(rows: Rows, figure) -> None:
     figure.tight_layout()
 
 
+def systems_figure(rows: Rows, figure) -> None:
+    systems = [r for r in rows.all(table="systems", metric="mrr@10") if r["model"] != "random"][::-1]
+    figure.set_size_inches(6.4, 0.32 * len(systems) + 0.9)
+    axes = figure.add_subplot()
+    for y, r in enumerate(systems):
+        axes.plot([r["lo"], r["hi"]], [y, y], color="#c2410c" if "adapter" in r["model"] or "merged" in r["model"] else "#52606d", lw=2)
+        axes.plot(r["value"], y, "o", color="#1f2933", ms=4)
+    axes.set_yticks(range(len(systems)), [r["model"] for r in systems])
+    axes.set_xlabel(f"MRR@10 among {number(systems[0]['documents'])} documents (95 % interval)")
+
+
 def map_figure(rows: Rows, figure) -> None:
     figure.set_size_inches(8.4, 3.9)
     panels = figure.subplots(1, 2)
@@ -159,7 +171,7 @@ def figures(found: Found) -> dict[Path, str]:
     drawn = {}
     style = {"svg.hashsalt": "qlora", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     for (run, task, step), result in found.items():
-        for name, source, draw in (("curve", "03_train", curve_figure), ("map", "04_eval", map_figure)):
+        for name, source, draw in (("curve", "03_train", curve_figure), ("map", "04_eval", map_figure), ("systems", "04_eval", systems_figure)):
             if (task, step) == (TASK, source) and (name != "map" or Rows(result).one(table="map")):
                 with matplotlib.rc_context(style):
                     figure, buffer = Figure(figsize=(7.2, 2.8)), io.StringIO()

@@ -136,6 +136,6 @@ def test_pairs_that_repeat_their_anchor_are_refused(repo, own, tmp_path):
     assert not any((repo / place / "told2").exists() for place in ("results", "runs"))
 
 
-def test_model_errors_are_one_line(repo, own):
+def test_model_errors_are_one_line(repo, own, whole):
     one_line(run(repo, "01_data", "--run", "long2", *own, "max_tokens=200"), "max_tokens=200", "at most 128 tokens")
     one_line(run(repo, "03_train", "--run", "whole2", *own, "target_modules=Wqkv"), "no linear layer named Wqkv", "dense, key, query, value")
