@@ -1,0 +1,106 @@
+"""New words: one id in every context they should have, none where they should not, and nothing else changed."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from task3_tokenizer import vocabulary
+
+TERMS = ["NetworkX", "undirected", "Chebyshev", "крипта", "айтишка", "estimator"]
+MIXED = ["The NetworkX graph is undirected.", "Сегодня крипта растёт, а айтишка нет 😀\n\n  новая   строка\t", "def f(x):\n    return x ** 2  # 🙂",
+         "estimator", " estimators and (estimator) and the estimator", "Chebyshev's Chebyshevs", "", " ", "ünïcödé — „quotes“"]
+
+
+@pytest.fixture(scope="module")
+def extended(tokenizer):
+    return vocabulary.extend(tokenizer, TERMS)
+
+
+def test_a_term_is_one_id_after_any_blank(extended):
+    new, added = extended
+    for term in TERMS:
+        entry = next(entry for entry, what in added.items() if what["term"] == term)
+        for text in (f" {term}", f"see {term}, or", f"( {term})", f"\n\n {term} "):
+            assert vocabulary.pieces(new, text).count(entry) == 1, text
+
+
+def test_a_term_does_not_fire_inside_other_words(extended, tokenizer):
+    new, _ = extended
+    for text in ("MyNetworkX", "preundirected", "xestimator", "антикрипта"):
+        assert new(text).input_ids == tokenizer(text).input_ids
+
+
+def test_old_ids_stay_and_new_ids_follow_without_a_gap(extended, tokenizer):
+    new, added = extended
+    old, now = tokenizer.get_vocab(), new.get_vocab()
+    assert {token: now[token] for token in old} == old
+    assert [what["id"] for what in added.values()] == list(range(len(old), len(old) + len(added)))
+    between = [entry for entry, what in added.items() if what["term"] is None]
+    assert len(between) == sum(len(vocabulary.pieces(tokenizer, f" {term}")) - 2 for term in TERMS)
+
+
+def test_text_round_trips_and_term_free_text_keeps_its_ids(extended, tokenizer):
+    new, _ = extended
+    for text in MIXED:
+        assert new.decode(new(text).input_ids) == text
+        assert len(new(text).input_ids) <= len(tokenizer(text).input_ids)
+    for text in MIXED[2:3] + MIXED[6:]:
+        assert new(text).input_ids == tokenizer(text).input_ids
+
+
+def test_saved_and_opened_by_the_plain_library_it_is_the_same(extended, tokenizer, tmp_path):
+    new, _ = extended
+    new.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert [again(t).input_ids for t in MIXED] == [new(t).input_ids for t in MIXED]
+    assert again.chat_template == tokenizer.chat_template and again.pad_token == tokenizer.pad_token
+    assert new.padding_side == tokenizer.padding_side and new.name_or_path == tokenizer.name_or_path
+
+
+def test_terms_that_contain_each_other_are_all_one_token(tokenizer):
+    terms = ["MultiDiGraph", "DiGraph", "estimators", "estimator", "MultiDi"]
+    new, _ = vocabulary.extend(tokenizer, terms)
+    assert all(len(vocabulary.pieces(new, f" {term}")) == 1 for term in terms)
+
+
+@pytest.mark.parametrize(("terms", "reason"), [
+    (["graph"], "in the vocabulary already, as 'Ġgraph'"), (["T-cell"], "cuts it into ' T', '-', 'cell'"), (["two words"], "cuts it into"),
+    (["NetworkX", "NetworkX"], "term 2 'NetworkX': stands twice"), ([" NetworkX"], "blanks around"), ([""], "empty")])
+def test_terms_that_cannot_be_are_refused_in_one_line(tokenizer, terms, reason):
+    with pytest.raises(SystemExit) as told:
+        vocabulary.extend(tokenizer, terms)
+    assert reason in str(told.value) and "\n" not in str(told.value)
+
+
+SENTENCES = ["The NetworkX library", "a graph, undirected, of nodes", "Сегодня крипта выросла", "Наша айтишка и крипта", "an estimator fits",
+             "at Chebyshev nodes"]
+
+
+@pytest.fixture(scope="module")
+def ways(tokenizer):
+    return vocabulary.variants(tokenizer, TERMS)
+
+
+def count(way):
+    """(sentences that round-trip, sentences in which every term is one token and no blank stands alone)."""
+    whole = sum(way.decode(way(s).input_ids) == s for s in SENTENCES)
+    one = 0
+    for s in SENTENCES:
+        found = [way.decode([i]) for i in way(s).input_ids]
+        one += " " not in found and all(any(t.strip() == term for t in found) for term in TERMS if term in s)
+    return whole, one
+
+
+def test_only_vocabulary_entries_round_trip_and_are_one_token_in_all_sentences(ways):
+    n = len(SENTENCES)
+    assert count(ways["entry and merges"]) == (n, n) and count(ways["entry and ignore_merges"]) == (n, n)
+    assert all(count(way) != (n, n) for name, way in ways.items() if name.startswith("AddedToken") and name != "AddedToken with blank")
+
+
+def test_what_each_added_token_does_wrong(ways):
+    assert "Ġ" in vocabulary.pieces(ways["AddedToken"], "The NetworkX library")  # a blank of its own
+    assert "NetworkX" in vocabulary.pieces(ways["AddedToken"], "MyNetworkXs")  # fires inside words
+    lost = ways["AddedToken lstrip"]
+    assert lost.decode(lost("The NetworkX library").input_ids) == "TheNetworkX library"  # the blank is gone
+    never = ways["AddedToken with blank, single_word"]
+    assert " NetworkX" not in vocabulary.pieces(never, "The NetworkX library")  # does not fire after a letter
+    assert " estimator" in vocabulary.pieces(ways["AddedToken with blank"], "the estimators")  # cuts longer words
