@@ -135,8 +135,8 @@ def parse_packages(packages=tuple(PACKAGES)) -> list[dict]:
 
 
 def normalise(text: str) -> str:
-    """Lower-case letters and digits separated by single blanks: two texts that agree here say the same thing."""
-    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+    """Lower-case letters and digits of any script, separated by single blanks: two texts that agree here say the same thing."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
 def body_key(code: str) -> str:
@@ -228,11 +228,11 @@ def leaks(train: list[dict], held_out: list[dict]) -> dict[str, int]:
             "near_duplicate": sum(t is not None and t < len(train) for t in twins)}
 
 
-def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: int) -> list[dict]:
+def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: int, sizes: str = "n_test=.. n_dev=..") -> list[dict]:
     """Own data from a JSONL, CSV or Parquet file or a hub id, checked whole before anything is written.
 
     `alternatives` are the accepted sets of columns; each of a row's columns must be a non-empty string. SystemExit with file,
-    row and the expected columns when something is wrong, or when there are fewer than `minimum` rows.
+    row and the expected columns when something is wrong, or when there are fewer than `minimum` rows; `sizes` are the knobs that lower it.
     """
     path = Path(source).expanduser()
     expected = " or ".join("+".join(columns) for columns in alternatives)
@@ -255,7 +255,7 @@ def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: 
                 raise SystemExit(f"DATA={source} row {number}: {column!r} is {row.get(column)!r}, expected a non-empty string")
     if len(rows) < minimum:
         raise SystemExit(f"DATA={source}: {len(rows)} rows, the splits need at least {minimum}; add rows, or make them smaller "
-                         "with SET='n_test=.. n_dev=..'")
+                         f"with SET='{sizes}'")
     return [{column: row[column] for column in columns} for row in rows]
 
 

@@ -12,12 +12,16 @@ import sys
 import time
 from dataclasses import dataclass
 
+from common import models  # before anything that loads bitsandbytes: it keeps that quiet
+
+# isort: split
+
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
-from common import models, results
+from common import results
 from task1_decoder import task, training
 
 

@@ -10,10 +10,14 @@ Needs   about 4 min and 2 GB on 2 cores
 import json
 from dataclasses import dataclass
 
+from common import models  # before anything that loads bitsandbytes: it keeps that quiet
+
+# isort: split
+
 import torch
 from peft import PeftModel
 
-from common import models, results, stats
+from common import results, stats
 from task1_decoder import task
 
 

@@ -70,6 +70,10 @@ def open_checkpoints(run, data):
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
     stored.write_text(identity)
+    for checkpoint in folder.glob("checkpoint-*"):  # the library writes in place, its state last: cut short, the process died meanwhile
+        state = checkpoint / "trainer_state.json"
+        if not (state.exists() and state.read_text().rstrip().endswith("}")):
+            shutil.rmtree(checkpoint)
     return folder, get_last_checkpoint(str(folder))
 
 

@@ -10,11 +10,15 @@ Needs   about 2.5 min and 2 GB on 2 cores
 import json
 from dataclasses import dataclass
 
+from common import models  # before anything that loads bitsandbytes: it keeps that quiet
+
+# isort: split
+
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from common import models, results, stats
+from common import results, stats
 from task2_encoder import task, training
 
 

@@ -13,6 +13,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import models  # noqa: F401 - before anything that loads bitsandbytes: it keeps that quiet
+
+# isort: split
+
 import numpy as np
 import torch
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator

@@ -303,4 +303,8 @@ def open_checkpoints(folder: Path, identity: list) -> str | None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stored.write_text(digest)
+    for checkpoint in folder.glob("checkpoint-*"):  # the library writes in place, its state last: cut short, the process died meanwhile
+        state = checkpoint / "trainer_state.json"
+        if not (state.exists() and state.read_text().rstrip().endswith("}")):
+            shutil.rmtree(checkpoint)
     return get_last_checkpoint(str(folder))
