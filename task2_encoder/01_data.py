@@ -32,7 +32,7 @@ class Config(task.Config):
 PROFILES = {
     "smoke": dict(
         n_pool=60,  # enough for every code path
-        n_more=100,  # enough that two topics have the 30 documents a cross-validation wants
+        n_more=400,  # enough that two topics have the 30 documents that task.topics wants
         n_dev=24,  # enough for every code path
         n_train=128,  # same
     ),

@@ -47,7 +47,7 @@ def reloaded(run, asked, adapter):
     plain = {"fp32 + adapter": adapter, "merged fp32": run.artifact("03_train", "merged")}
     vectors = {}
     for name, folder in plain.items():
-        model = SentenceTransformer(str(folder), device=str(models.device()))
+        model = SentenceTransformer(str(folder), device=str(models.device()), model_kwargs={"dtype": torch.float32})  # not as stored
         if model.max_seq_length != cfg.max_tokens:
             raise SystemExit(f"{results.shown(folder)} reads {model.max_seq_length} tokens, not the {cfg.max_tokens} it was trained with")
         vectors[name] = task.embed_task(model, asked, cfg.eval_batch_size)

@@ -105,10 +105,12 @@ def ablations(found: Found) -> str:
 
     def fact(name, metric):
         return rows.one(table="ablation facts", model=name, metric=metric)["value"]
-    body = [[r["model"], number(fact(r["model"], "trainable_parameters")), number(fact(r["model"], "dev_mrr_best")), interval(r),
+    body = [[r["model"], number(fact(r["model"], "trainable_parameters")), f"{fact(r['model'], 'kept_step')} of {fact(r['model'], 'steps')}",
+             number(fact(r["model"], "dev_mrr_kept")), number(fact(r["model"], "dev_mrr_last")), interval(r),
              interval(rows.one(table="ablation minus base", model=r["model"])), interval(rows.one(table="ablation minus 03", model=r["model"]))]
             for r in rows.all(table="ablation", metric="mrr@10")]
-    head = ["changed", "trained parameters", "dev MRR@10", "test MRR@10 [95 %]", "minus NF4 base [95 %]", "minus the row of 03 [95 %]"]
+    head = ["changed", "trained parameters", "step kept", "dev MRR@10", "dev at the last step",
+            "test MRR@10 [95 %]", "minus NF4 base [95 %]", "minus the row of 03 [95 %]"]
     return table(head, body)
 
 

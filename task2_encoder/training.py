@@ -95,9 +95,13 @@ def cos_sim_fp32(a, b):
 def prepare(cfg, method: str):
     """The model that will train: 4-bit base with LoRA ("qlora"), fp32 base with LoRA ("lora"), or all weights of the fp32 base ("full").
 
-    SystemExit if a layer to adapt is not there, with the names of the linear layers that are.
+    SystemExit if a layer to adapt is not there, with the names of the linear layers that are, or if the encoder has trained parts
+    after its pooling, which the saved adapter would not carry.
     """
     model = models.load_encoder(cfg.model, "nf4" if method == "qlora" else "fp32", cfg.double_quant, cfg.max_tokens)
+    if others := [type(m).__name__ for m in model if type(m).__name__ not in ("Transformer", "Pooling", "Normalize")]:
+        raise SystemExit(f"MODEL={cfg.model}: its {', '.join(others)} module is not covered by an adapter on the transformer; take an encoder "
+                         "of Transformer, Pooling and Normalize alone")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = cfg.base_dropout
@@ -208,8 +212,8 @@ class Trainer(SentenceTransformerTrainer):
         vectors = task.embed_task(self.model.eval(), self.dev, self.cfg.eval_batch_size)
         cast_inputs(self.model.train(), False)
         metrics = {"eval_mrr@10": self.evaluator.compute_all_metrics(vectors)["cosine"]["mrr@k"][10]}
-        looks = [h["eval_mrr@10"] for h in self.state.log_history if "eval_mrr@10" in h]
-        if not looks or metrics["eval_mrr@10"] > max(looks):
+        looks = [h["eval_mrr@10"] for h in self.state.log_history if "eval_mrr@10" in h and h["step"]]
+        if self.state.global_step and metrics["eval_mrr@10"] > max(looks, default=-1):  # never step 0: a training that harms must show
             save_file(trained_state(self.model), self.best)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -238,18 +242,28 @@ class Log(TrainerCallback):
 
 
 def shuffled(rows: list[dict], seed: int) -> list[dict]:
-    """Every anchor with another row's positive: what a run learns from these is not what belongs together."""
-    positives = [row["positive"] for row in rows]
-    random.Random(seed).shuffle(positives)
-    return [row | {"positive": positive} for row, positive in zip(rows, positives)]
+    """Every anchor with the positive of another row of its package: the same texts and batches, but nothing belongs together."""
+    rng, members = random.Random(seed), {}
+    for i, row in enumerate(rows):
+        members.setdefault(row["package"], []).append(i)
+    mixed = list(rows)
+    for own in members.values():
+        for i, j in zip(own, rng.sample(own, len(own))):
+            mixed[i] = rows[i] | {"positive": rows[j]["positive"], "group": rows[i]["id"]}
+    return mixed
 
 
 def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: str, log, method: str = "qlora"):
-    """Train on `rows`, keep the weights with the best dev MRR@10. Returns (model with those weights, facts, history).
+    """Train on `rows`, keep the weights of the look with the best dev MRR@10 after step 0. Returns (model with them, facts, history).
 
     `cfg` has the knobs of 03_train.py, `method` is as in `prepare`. The same call goes on from the last checkpoint unless knobs, method
-    or data (`data_hash`) changed.
+    or data (`data_hash`) changed; the caller removes `checkpoints` when what it wants is saved. SystemExit if there are fewer groups
+    than rows in a batch.
     """
+    groups = len({row["group"] for row in rows})
+    if groups < cfg.batch_size:
+        raise SystemExit(f"{groups} different groups to train on, a batch of {cfg.batch_size} rows needs as many: "
+                         f"SET=batch_size={max(2, groups // 2)}")
     model = prepare(cfg, method)
     ids = [model.tokenizer([r[side] for r in rows], truncation=True, max_length=cfg.max_tokens).input_ids for side in ("anchor", "positive")]
     for row, *both in zip(rows, *ids):
@@ -271,6 +285,7 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
             lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay,
             optim=cfg.optimizer, bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed, eval_strategy="steps",
             eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
+            prompts={side: model.prompts[n] for side, n in (("anchor", "query"), ("positive", "document")) if model.prompts.get(n)} or None,
             logging_steps=cfg.log_every, disable_tqdm=not sys.stderr.isatty(), report_to="none"))
     trainer.remove_callback(PrinterCallback)
     cast_inputs(model, False)
@@ -283,15 +298,16 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
 
     looks = task.read_rows(history)
     scores = [h["eval_mrr@10"] for h in looks if "eval_mrr@10" in h]
+    kept = max((h for h in looks if "eval_mrr@10" in h and h["step"]), key=lambda h: (h["eval_mrr@10"], -h["step"]))
     lengths = [[rows[i]["lengths"] for i in batch] for batch in batches]
     tokens = sum(sum(pair) for batch in lengths for pair in batch)
     padded = sum(len(batch) * sum(map(max, zip(*batch))) for batch in lengths)
     facts = {"trainable_parameters": trainable, "trained_pairs": sum(map(len, batches)), "epochs": sum(map(len, batches)) / len(rows),
              "trained_tokens": tokens, "padding_share": 1 - tokens / padded, "steps": len(batches),
-             "dev_mrr_before": scores[0], "dev_mrr_best": max(scores), "dev_mrr_last": scores[-1],
+             "kept_step": kept["step"], "pairs_seen_by_then": kept["step"] * cfg.batch_size, "dev_mrr_before": scores[0],
+             "dev_mrr_kept": kept["eval_mrr@10"], "dev_mrr_last": scores[-1],
              "peak_bytes_before_training": resident, "measured_peak_bytes": results.peak_memory(),
              "training_seconds": seconds, "tokens_per_second": None if resume else tokens / seconds}
-    shutil.rmtree(checkpoints)
     return model.eval(), facts, looks
 
 

@@ -94,6 +94,7 @@ def test_killed_and_resumed_training_equals_uninterrupted(repo, own, whole):
     whole_curve, resumed = ([(r["metric"], r["step"], r["value"]) for r in rows_of(repo, name, "03_train") if r["table"] == "curve"]
                             for name in ("whole2", "killed2"))
     assert [c[:2] for c in whole_curve] == [c[:2] for c in resumed] and len(resumed) == 17
+    assert done.stdout.count("step=0/12") == 0 and "step=12/12" in done.stdout  # it did go on, not start again
     assert [c[2] for c in whole_curve] == pytest.approx([c[2] for c in resumed], abs=1e-4)
 
 
@@ -121,7 +122,7 @@ GOOD = [(f"good anchor {i}", f"some positive text {i * 7919}") for i in range(12
     (lines(*GOOD, ("word", "a positive")), ["row 121", "one word"]),
     ('{"anchor": "two words", "answer": "x"}\n', ["row 1", "anchor, answer", "expected anchor+positive"]),
     (lines(*GOOD[:1] * 180, *GOOD[1:20]), ["179 duplicate rows but 20 unique"]),
-    (lines(*GOOD[:50]), ["50 rows", "at least 112"])])
+    (lines(*GOOD[:50]), ["50 rows", "at least 112", "n_pool=.. n_dev=.."])])
 def test_bad_pairs_are_told_in_one_line(tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(SystemExit) as told:
@@ -139,3 +140,4 @@ def test_pairs_that_repeat_their_anchor_are_refused(repo, own, tmp_path):
 def test_model_errors_are_one_line(repo, own, whole):
     one_line(run(repo, "01_data", "--run", "long2", *own, "max_tokens=200"), "max_tokens=200", "at most 128 tokens")
     one_line(run(repo, "03_train", "--run", "whole2", *own, "target_modules=Wqkv"), "no linear layer named Wqkv", "dense, key, query, value")
+    one_line(run(repo, "03_train", "--run", "whole2", *own, "batch_size=100"), "different groups to train on", "SET=batch_size=")

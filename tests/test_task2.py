@@ -73,7 +73,7 @@ def test_own_name_is_masked_everywhere_in_its_function():
 # ---------------------------------------------------------------------------------------------------------------- groups and gates
 
 def rows_of(*texts, split="train"):
-    return [{"id": f"r{i}", "anchor": a, "positive": p, "split": split, "name": f"m.f{i}"} for i, (a, p) in enumerate(texts)]
+    return [{"id": f"r{i}", "anchor": a, "positive": p, "split": split, "name": f"m.f{i}", "package": "m"} for i, (a, p) in enumerate(texts)]
 
 
 def test_equal_anchors_or_bodies_are_one_group_also_through_others():
@@ -99,10 +99,11 @@ def test_cleaning_keeps_the_held_out_copy_of_everything_that_would_leak():
             {"id": "c", "anchor": "Open a file", "positive": "def g(p): return open(p)", "split": "train"},
             {"id": "d", "anchor": "open A file.", "positive": "def g(p, q): return open(p, q)", "split": "test"},  # same anchor
             {"id": "e", "anchor": "print a greeting", "positive": "def h(): print('Print a greeting!')", "split": "train"},  # tells its anchor
-            {"id": "g", "anchor": "open a FILE", "positive": "def g2(p, q): return open(p, q)", "split": "test"}]  # repeats d
+            {"id": "g", "anchor": "open a FILE", "positive": "def g2(p, q): return open(p, q)", "split": "test"},  # repeats d
+            {"id": "h", "anchor": "open a file", "positive": "def g(p, q): return open(p, q)", "split": "train"}]  # repeats d after c
     kept, counts = pairs.clean(rows)
     assert {r["id"] for r in kept} == {"b", "d"}
-    assert [counts[k] for k in ("near_duplicate", "group_in_earlier_split", "anchor_in_positive", "repeated_pair", "kept")] == [1, 1, 1, 1, 2]
+    assert [counts[k] for k in ("near_duplicate", "group_in_earlier_split", "anchor_in_positive", "repeated_pair", "kept")] == [1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("planted", "kind"), [
@@ -138,6 +139,17 @@ def test_a_docstring_left_in_the_code_makes_bm25_find_everything():
     assert left > 0.95 > taken
 
 
+def test_topics_are_subpackages_with_enough_documents():
+    names = ["p.big.f"] * 30 + ["p.small.f"] * 29 + ["p.top"] * 2
+    rows = pairs.group([{"id": f"r{i}", "anchor": f"anchor {i}", "positive": f"def f(x): return {i}", "name": name} for i, name in enumerate(names)])
+    assert task.topics(rows) == {f"r{i}": "p.big" for i in range(30)}
+
+
+def test_texts_of_other_scripts_are_compared_too():
+    rows = pairs.group(rows_of(("Среднее значение списка", "x = 1"), ("среднее ЗНАЧЕНИЕ списка", "y = 2"), ("совсем другое", "z = 3")))
+    assert rows[0]["group"] == rows[1]["group"] != rows[2]["group"]
+
+
 def test_whole_groups_are_taken():
     rows = pairs.group(rows_of(*((f"anchor number {i // 3}", f"def f(x): return {i}") for i in range(30))))
     taken, others = pairs.take(rows, 10, seed=0)
@@ -170,10 +182,12 @@ def test_too_few_groups_for_a_batch_is_an_error():
         training.schedule([{"group": i % 4, "package": "p", "lengths": (1, 1)} for i in range(40)], 2, 8, 4, True, 0)
 
 
-def test_shuffled_pairs_keep_the_texts_and_break_the_pairs():
-    rows = rows_of(*((f"a{i}", f"p{i}") for i in range(50)))
+def test_shuffled_pairs_keep_the_texts_of_each_package_and_break_the_pairs():
+    rows = [row | {"package": "ab"[i % 2], "group": "g"} for i, row in enumerate(rows_of(*((f"a{i}", f"p{i}") for i in range(50))))]
     mixed = training.shuffled(rows, 0)
-    assert sorted(r["positive"] for r in mixed) == sorted(r["positive"] for r in rows)
+    assert [r["anchor"] for r in mixed] == [r["anchor"] for r in rows] and len({r["group"] for r in mixed}) == 50
+    for package in "ab":
+        assert sorted(r["positive"] for r in mixed if r["package"] == package) == sorted(r["positive"] for r in rows if r["package"] == package)
     assert sum(a["positive"] == b["positive"] for a, b in zip(rows, mixed)) < 5
 
 
@@ -247,6 +261,29 @@ def test_an_encoder_without_the_named_layers_is_told_which_it_has(cfg):
     cfg.target_modules = "q_proj,dense"
     with pytest.raises(SystemExit, match=r"no linear layer named q_proj .* it has dense, key, query, value"):
         training.prepare(cfg, "qlora")
+
+
+def test_an_encoder_with_parts_after_its_pooling_is_refused(cfg, tmp_path):
+    from sentence_transformers.sentence_transformer.modules import Dense
+    encoder = models.load_encoder(cfg.model, "fp32")
+    encoder.append(Dense(64, 32))
+    encoder.save_pretrained(str(tmp_path / "dense"), create_model_card=False)
+    cfg.model = str(tmp_path / "dense")
+    with pytest.raises(SystemExit, match="its Dense module is not covered"):
+        training.prepare(cfg, "qlora")
+
+
+def test_checkpoints_cut_short_or_of_other_knobs_are_not_resumed(tmp_path):
+    for step, state in ((3, "{}\n"), (6, '{"epoch": 1'), (9, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert training.open_checkpoints(tmp_path, ["other"]) is None and not list(tmp_path.glob("checkpoint-*"))
+    for step, state in ((3, "{}\n"), (6, '{"epoch": 1'), (9, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert training.open_checkpoints(tmp_path, ["other"]).endswith("checkpoint-3")
 
 
 def test_more_tokens_than_the_model_reads_are_refused(cfg):
