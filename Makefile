@@ -32,7 +32,7 @@ task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, eva
 
 task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (8 min on 2 cores)
 
-ablations: task2 $(R)/task2_encoder/ablations.json  ## what each choice of task 2 was worth, a training per row (45 min on 2 cores)
+ablations: task2 $(R)/task2_encoder/ablations.json  ## what each choice of task 2 was worth, a training per row (27 min on 2 cores)
 
 $(R)/%.json: FORCE
 	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $*.py $(ARGS) ;; *) exit 2 ;; esac
@@ -46,11 +46,11 @@ check: setup                   ## report current, results fresh, a reason beside
 lint: setup                    ## ruff (1 s)
 	@$(PY) -m ruff check .
 
-test: setup lint               ## lint, tests, then the smoke pipeline (6.5 min on 2 cores after set-up)
+test: setup lint               ## lint, tests, then the smoke pipeline (11 min on 2 cores after set-up)
 	@$(PY) -m pytest
 	@$(MAKE) --no-print-directory smoke PY=$(PY)
 
-smoke: setup                   ## every step on a few rows: proves the path, never a number (2 min)
+smoke: setup                   ## every step on a few rows: proves the path, never a number (3.5 min)
 	@$(MAKE) --no-print-directory task1 task2 PROFILE=smoke PY=$(PY)
 
 ifeq ($(PY),$(VENV)/bin/python)
