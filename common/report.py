@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import io
 import json
 import re
 import sys
@@ -171,6 +172,49 @@ def checklist(found: Found) -> str:
         return f"[{step}.json](results/{run}/{step}.json)" if run else "not run"
     return table(["item", "done in", "evidence"], [[item, f"[{step}.py]({step}.py)", evidence(step)] if (results.ROOT / f"{step}.py").exists()
                                                    else [item, f"{step}.py", evidence(step)] for item, step in CHECKLIST.items()])
+
+
+def shown(found: Found, task: str, step: str) -> Rows | None:
+    """Rows of a step in the run that the task's section shows; None if no run got that far."""
+    run = main_run(found, task)
+    return Rows(found.get((run, task, step))) if run else None
+
+
+def cost(found: Found, task: str, title: str) -> str:
+    """Minutes, peak memory and speed per step of the shown run; sizes and facts of its training folded under `title`."""
+    run = main_run(found, task)
+    if run is None:
+        return "not run"
+    steps = [[s, number(r["cost"]["seconds"] / 60, 1), number(r["cost"]["peak_memory_bytes"] / 2**30, 2), number(r["cost"]["tokens_per_second"], 0)]
+             for (n, t, s), r in found.items() if (n, t) == (run, task)]
+    facts = [r for step, name in (("02_baseline", "size"), ("03_train", "training")) for r in shown(found, task, step).all(table=name)]
+
+    def value(r):
+        return f"{r['value'] / 2**20:,.1f} MiB" if "bytes" in r["metric"] else number(r["value"])
+    full = table(["quantity", "value"], [[r["metric"].replace("_", " "), value(r)] for r in facts])
+    return table(["step", "minutes", "peak GiB", "tokens/s in training"], steps) + "\n\n" + fold(title, full)
+
+
+def draw(found: Found, task: str, size: tuple[float, float], plots: dict) -> dict[Path, str]:
+    """{path: SVG} of every run for `plots` {name: (step, function of its Rows and a figure)}, with fixed ids and no date.
+
+    A function that adds no axes has nothing to show: no file.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    style = {"svg.hashsalt": "qlora", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    drawn = {}
+    for run in dict.fromkeys(run for run, t, _ in found if t == task):
+        for name, (step, plot) in plots.items():
+            if (run, task, step) in found:
+                with matplotlib.rc_context(style):
+                    figure, buffer = Figure(figsize=size), io.StringIO()
+                    plot(Rows(found[run, task, step]), figure)
+                    if not figure.axes:
+                        continue
+                    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+                drawn[path_of(run, task, step).with_name(f"{name}.svg")] = re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
+    return drawn
 
 
 def choices(found: Found, task: str) -> str:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import re
 from pathlib import Path
 
-from common.report import Found, Rows, choices, code, fold, interval, main_run, number, p_value, path_of, table
+from common.report import Found, Rows, choices, code, cost, draw, fold, interval, main_run, number, p_value, shown, table
 
 TASK = "task1_decoder"
 HEAD = ["what", "metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "n", "verdict"]
 
 
-def shown(found: Found, step: str) -> Rows | None:
-    """Rows of a step in the run that the section shows."""
-    run = main_run(found, TASK)
-    return Rows(found.get((run, TASK, step))) if run else None
-
-
 def data(found: Found) -> str:
-    rows = shown(found, "01_data")
+    rows = shown(found, TASK, "01_data")
     if rows is None:
         return "not run"
     counts = table(["count", "rows"], [[r["metric"].replace("_", " "), number(r["value"])] for r in rows.all(table="counts")])
@@ -44,7 +36,7 @@ def compare(rows: Rows, name: str) -> list[list]:
 
 
 def results_block(found: Found) -> str:
-    rows, before, run = shown(found, "04_eval"), shown(found, "02_baseline"), main_run(found, TASK)
+    rows, before, run = shown(found, TASK, "04_eval"), shown(found, TASK, "02_baseline"), main_run(found, TASK)
     if rows is None:
         return "not run"
     shots = [[r["metric"], interval(before.one(model="base 3-shot", metric=r["metric"])),
@@ -66,7 +58,7 @@ def results_block(found: Found) -> str:
 
 
 def errors(found: Found) -> str:
-    rows = shown(found, "04_eval")
+    rows = shown(found, TASK, "04_eval")
     if rows is None:
         return "not run"
     body = [[r["model"], f"`{r['item']}`", number(r["chrf_before"], 1), number(r["chrf_after"], 1), number(r["nll_before"], 2),
@@ -81,22 +73,8 @@ def errors(found: Found) -> str:
     return table(head, body) + "\n\n" + fold("The whole basket, side by side", basket)
 
 
-def cost(found: Found) -> str:
-    run = main_run(found, TASK)
-    if run is None:
-        return "not run"
-    steps = [[s, number(r["cost"]["seconds"] / 60, 1), number(r["cost"]["peak_memory_bytes"] / 2**30, 2), number(r["cost"]["tokens_per_second"], 0)]
-             for (n, t, s), r in found.items() if (n, t) == (run, TASK)]
-    facts = [r for step, name in (("02_baseline", "size"), ("03_train", "training")) for r in shown(found, step).all(table=name)]
-
-    def value(r):
-        return f"{r['value'] / 2**20:,.1f} MiB" if "bytes" in r["metric"] else number(r["value"])
-    full = table(["quantity", "value"], [[r["metric"].replace("_", " "), value(r)] for r in facts])
-    return table(["step", "minutes", "peak GiB", "tokens/s in training"], steps) + "\n\n" + fold("Predicted and measured, in full", full)
-
-
 BLOCKS = {"task1/data": data, "task1/choices": lambda found: choices(found, TASK), "task1/results": results_block,
-          "task1/errors": errors, "task1/cost": cost}
+          "task1/errors": errors, "task1/cost": lambda found: cost(found, TASK, "Predicted and measured, in full")}
 
 
 def loss_figure(rows: Rows, figure) -> None:
@@ -122,17 +100,4 @@ def delta_figure(rows: Rows, figure) -> None:
 
 
 def figures(found: Found) -> dict[Path, str]:
-    """{path: SVG} with fixed ids and no date."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    drawn = {}
-    style = {"svg.hashsalt": "qlora", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    for (run, task, step), result in found.items():
-        for name, source, draw in (("loss", "03_train", loss_figure), ("deltas", "04_eval", delta_figure)):
-            if (task, step) == (TASK, source):
-                with matplotlib.rc_context(style):
-                    figure, buffer = Figure(figsize=(6.4, 3.2)), io.StringIO()
-                    draw(Rows(result), figure)
-                    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
-                drawn[path_of(run, task, step).with_name(f"{name}.svg")] = re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
-    return drawn
+    return draw(found, TASK, (6.4, 3.2), {"loss": ("03_train", loss_figure), "deltas": ("04_eval", delta_figure)})

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import re
 from pathlib import Path
 
-from common.report import Found, Rows, choices, code, fold, interval, main_run, number, p_value, path_of, table
+from common.report import Found, Rows, choices, code, cost, draw, fold, interval, main_run, number, p_value, shown, table
 
 TASK = "task2_encoder"
 HEAD = ["what", "documents", "metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "n", "won / same / lost", "verdict"]
 
 
-def shown(found: Found, step: str) -> Rows | None:
-    """Rows of a step in the run that the section shows."""
-    run = main_run(found, TASK)
-    return Rows(found.get((run, TASK, step))) if run else None
-
-
 def data(found: Found) -> str:
-    rows = shown(found, "01_data")
+    rows = shown(found, TASK, "01_data")
     if rows is None:
         return "not run"
 
@@ -53,7 +45,7 @@ def systems(rows: Rows) -> str:
 
 
 def results_block(found: Found) -> str:
-    rows, before, run = shown(found, "04_eval"), shown(found, "02_baseline"), main_run(found, TASK)
+    rows, before, run = shown(found, TASK, "04_eval"), shown(found, TASK, "02_baseline"), main_run(found, TASK)
     if rows is None:
         return "not run"
     others = [n for n in ("full", "masked", "general") if rows.one(table=n, model="delta")]
@@ -87,7 +79,7 @@ def results_block(found: Found) -> str:
 
 
 def errors(found: Found) -> str:
-    rows = shown(found, "04_eval")
+    rows = shown(found, TASK, "04_eval")
     if rows is None:
         return "not run"
 
@@ -99,7 +91,7 @@ def errors(found: Found) -> str:
 
 
 def ablations(found: Found) -> str:
-    rows = shown(found, "ablations")
+    rows = shown(found, TASK, "ablations")
     if rows is None or not rows.rows:
         return "not run: `make ablations`"
 
@@ -114,22 +106,8 @@ def ablations(found: Found) -> str:
     return table(head, body)
 
 
-def cost(found: Found) -> str:
-    run = main_run(found, TASK)
-    if run is None:
-        return "not run"
-    steps = [[s, number(r["cost"]["seconds"] / 60, 1), number(r["cost"]["peak_memory_bytes"] / 2**30, 2), number(r["cost"]["tokens_per_second"], 0)]
-             for (n, t, s), r in found.items() if (n, t) == (run, TASK)]
-    facts = [r for step, name in (("02_baseline", "size"), ("03_train", "training")) for r in shown(found, step).all(table=name)]
-
-    def value(r):
-        return f"{r['value'] / 2**20:,.1f} MiB" if "bytes" in r["metric"] else number(r["value"])
-    full = table(["quantity", "value"], [[r["metric"].replace("_", " "), value(r)] for r in facts])
-    return table(["step", "minutes", "peak GiB", "tokens/s in training"], steps) + "\n\n" + fold("All facts of the training", full)
-
-
 BLOCKS = {"task2/data": data, "task2/choices": lambda found: choices(found, TASK), "task2/results": results_block,
-          "task2/errors": errors, "task2/ablations": ablations, "task2/cost": cost}
+          "task2/errors": errors, "task2/ablations": ablations, "task2/cost": lambda found: cost(found, TASK, "All facts of the training")}
 
 
 def curve_figure(rows: Rows, figure) -> None:
@@ -154,6 +132,8 @@ def systems_figure(rows: Rows, figure) -> None:
 
 
 def map_figure(rows: Rows, figure) -> None:
+    if not rows.one(table="map"):
+        return  # own data has no topics to show
     figure.set_size_inches(8.4, 3.9)
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, ("base", "tuned")):
@@ -167,17 +147,5 @@ def map_figure(rows: Rows, figure) -> None:
 
 
 def figures(found: Found) -> dict[Path, str]:
-    """{path: SVG} with fixed ids and no date."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    drawn = {}
-    style = {"svg.hashsalt": "qlora", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    for (run, task, step), result in found.items():
-        for name, source, draw in (("curve", "03_train", curve_figure), ("map", "04_eval", map_figure), ("systems", "04_eval", systems_figure)):
-            if (task, step) == (TASK, source) and (name != "map" or Rows(result).one(table="map")):
-                with matplotlib.rc_context(style):
-                    figure, buffer = Figure(figsize=(7.2, 2.8)), io.StringIO()
-                    draw(Rows(result), figure)
-                    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
-                drawn[path_of(run, task, step).with_name(f"{name}.svg")] = re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
-    return drawn
+    plots = {"curve": ("03_train", curve_figure), "map": ("04_eval", map_figure), "systems": ("04_eval", systems_figure)}
+    return draw(found, TASK, (7.2, 2.8), plots)
