@@ -4,10 +4,11 @@ RUN ?= $(PROFILE)
 MODEL ?=
 DATA ?=
 SET ?=
+TERMS ?=
 VENV := .venv
 # PY=python3 uses an interpreter that already has the packages; without it a venv is made and filled
 PY ?= $(VENV)/bin/python
-ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(SET),--set $(SET))
+ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(SET)$(TERMS),--set $(SET) $(if $(TERMS),terms=$(TERMS)))
 R := results/$(RUN)
 steps = $(foreach step,01_data 02_baseline 03_train 04_eval,$(R)/$(1)/$(step).json)
 export PYTHONPATH := $(CURDIR)
@@ -24,15 +25,17 @@ endif
 .DELETE_ON_ERROR:
 # two trainings on one device are an out-of-memory error, not a speed-up
 .NOTPARALLEL:
-.PHONY: all task1 task2 ablations report check test lint smoke setup help clean FORCE
+.PHONY: all task1 task2 task3 ablations report check test lint smoke setup help clean FORCE
 
-all: task1 task2 report        ## everything there is for PROFILE, then report.md: 20 min on 2 cores after set-up
+all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 35 min on 2 cores after set-up
 
 task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (12 min on 2 cores)
 
 task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (8 min on 2 cores)
 
-ablations: task2 $(R)/task2_encoder/ablations.json  ## what each choice of task 2 was worth, a training per row (27 min on 2 cores)
+task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (17 min on 2 cores)
+
+ablations: task2 task3 $(R)/task2_encoder/ablations.json $(R)/task3_tokenizer/ablations.json  ## what each choice of tasks 2 and 3 was worth, a training per row (52 min on 2 cores)
 
 $(R)/%.json: FORCE
 	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $*.py $(ARGS) ;; *) exit 2 ;; esac
@@ -51,7 +54,7 @@ test: setup lint               ## lint, tests, then the smoke pipeline (11 min o
 	@$(MAKE) --no-print-directory smoke PY=$(PY)
 
 smoke: setup                   ## every step on a few rows: proves the path, never a number (3.5 min)
-	@$(MAKE) --no-print-directory task1 task2 PROFILE=smoke PY=$(PY)
+	@$(MAKE) --no-print-directory task1 task2 task3 PROFILE=smoke PY=$(PY)
 
 ifeq ($(PY),$(VENV)/bin/python)
 setup: $(VENV)/.ready          ## venv with the pinned packages and the embedded models; every target calls it (3 min once)
@@ -73,4 +76,4 @@ clean:                         ## deletes runs/ and the smoke results; committed
 
 help:                          ## this list (0 s)
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|embedded-minilm|folder|hub id  DATA=file|hub id  SET="knob=value ..."  PY=python3'
+	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|embedded-minilm|folder|hub id  DATA=file|hub id  TERMS=found|ru|file (task3)  SET="knob=value ..."  PY=python3'

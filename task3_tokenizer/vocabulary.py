@@ -22,6 +22,10 @@ def pieces(tokenizer, text: str) -> list[str]:
 
 def check_terms(tokenizer, terms: list[str]) -> None:
     """SystemExit for what cannot become one new token, with the term and the reason."""
+    kind = json.loads(tokenizer.backend_tokenizer.to_str())
+    if kind["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(kind["pre_tokenizer"]):
+        raise SystemExit(f"MODEL={tokenizer.name_or_path}: its tokenizer is {kind['model']['type']}, not byte-level BPE (GPT-2's, Llama 3's, "
+                         "Qwen's, SmolLM2's kind), which the merges of new words need")
     seen = set()
     for number, term in enumerate(terms, 1):
         where = f"term {number} {term!r}"
@@ -97,3 +101,11 @@ def variants(tokenizer, terms: list[str]) -> dict:
     state["model"]["ignore_merges"] = True
     built["entry and ignore_merges"] = _with_state(tokenizer, state)
     return built
+
+
+def without(tokenizer, words: list[str]):
+    """The tokenizer as if it had never learnt " word": merges that make or use these entries are gone, ids are as they were."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    hidden = {entry for word in words for entry in pieces(tokenizer, f" {word}")}
+    state["model"]["merges"] = [m for m in state["model"]["merges"] if not hidden & {m[0], m[1], m[0] + m[1]}]
+    return _with_state(tokenizer, state)

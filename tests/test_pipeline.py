@@ -87,7 +87,8 @@ def test_steps_that_disagree_on_a_shared_knob_are_refused(repo, model):
 
 def test_interrupt_is_one_line(repo, model):
     child = subprocess.Popen([sys.executable, "task1_decoder/02_baseline.py", "--profile", "smoke", "--run", "shared", *model], cwd=repo,
-                             env=environment(repo), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                             env=environment(repo), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
     assert "02_baseline" in child.stdout.readline()
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)

@@ -1,0 +1,213 @@
+"""Question: which words does the vocabulary lack, and are there texts enough to teach and to test each of them?
+
+Reads   docstrings of the installed packages (or DATA=: JSONL/CSV/Parquet/hub id with `text`), and terms.csv beside this script
+Writes  results/<run>/task3_tokenizer/01_data.json and runs/<run>/task3_tokenizer/{terms.json,train,dev,uses,texts,known}.jsonl
+Needs   about 20 s and 1 GB; 40 s if the corpus is not yet parsed
+"""
+
+import csv
+import io
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import corpus, models, results
+from task3_tokenizer import task, terms, vocabulary
+
+
+@dataclass(frozen=True)
+class Config(task.Config):
+    # Terms taken if terms="found". Twenty fit a report, and 60 texts of each into the minutes of a CPU run.
+    n_terms: int = 20
+    # Training documents a term must stand in: the assignment's lower bound is 50 texts a token, and 03 shows 60.
+    least_texts: int = 60
+    # Held-out documents a term must stand in: below 20, one odd text decides.
+    least_held_out: int = 20
+    # Windows kept per term for training, one per document: 03 uses the first 60, the curve over texts per token of `make ablations` 200.
+    n_windows: int = 200
+    # Real single-token words that 03 hides, relearns and compares with what they were; 8 cost half a minute.
+    n_known: int = 8
+    # Uses of each term for the dev score after every stage.
+    n_dev: int = 2
+
+
+PROFILES = {
+    "smoke": dict(
+        n_windows=64,  # the least that is accepted, and a few
+        n_known=2,  # same
+        n_dev=1,  # same
+    ),
+    "cpu": dict(),
+    "gpu": dict(
+        n_terms=48,  # seconds more each
+        n_windows=1000,  # as many as there are
+        n_known=16,  # seconds more each
+    ),
+}
+JACCARD = 0.5  # a held-out window that shares half its 5-word shingles with a training window is a copy with other numbers in it
+
+
+def listed(cfg):
+    """Path of the list of terms; None if they are to be found."""
+    if cfg.terms == "found":
+        return None
+    path = task.HERE / {"ru": "terms_ru.csv"}.get(cfg.terms, cfg.terms)
+    path = path if path.is_file() else Path(cfg.terms).expanduser()
+    if not path.is_file():
+        raise SystemExit(f"terms={cfg.terms}: no such file; a CSV with columns {','.join(terms.COLUMNS)}, or terms=found or terms=ru")
+    return path
+
+
+def choose(cfg, tokenizer, found, path):
+    """The terms of the list, or the best found; each {term, anchors, negative_anchors, definition}. SystemExit for too few texts."""
+    if path is None:
+        chosen = [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""} for r in found if r["rejected"] is None][:cfg.n_terms]
+        if not chosen:
+            raise SystemExit(f"no word has two tokens or more, {cfg.least_texts} training and {cfg.least_held_out} held-out documents: "
+                             "more texts, or SET='least_texts=.. least_held_out=..'")
+        return chosen
+    chosen = terms.read_terms(path, tokenizer)
+    known = {r["term"]: r for r in found}
+    for row in chosen:
+        seen = known.get(row["term"], {"documents": 0, "held_out_documents": 0})
+        if seen["documents"] < cfg.least_texts or seen["held_out_documents"] < cfg.least_held_out:
+            raise SystemExit(f"{path.name}: {row['term']!r} is in {seen['documents']} training and {seen['held_out_documents']} held-out documents, "
+                             f"{cfg.least_texts} and {cfg.least_held_out} needed: more texts, another word, or SET=terms=found")
+    return chosen
+
+
+def known_words(cfg, tokenizer, train, held_out, general, chosen, found):
+    """Words of the domain that are one token already, about as frequent as the terms: [{"term", "pieces" (ids it would be made of)}]."""
+    spread = sorted(r["documents"] for r in found if r["term"] in {c["term"] for c in chosen})
+    middle = spread[len(spread) // 2]
+    occurrences, spreads = terms.uses(train)
+    other, _ = terms.uses(general)
+    _, held_documents = terms.uses(held_out)
+    total, other_total = sum(occurrences.values()), max(1, sum(other.values()))
+    names = [w for w, n in spreads.items() if middle / 2 <= n <= 2 * middle and w.isalpha() and w.islower() and len(w) > 4
+             and held_documents[w] >= cfg.least_held_out and len(vocabulary.pieces(tokenizer, f" {w}")) == 1]
+    names.sort(key=lambda w: (-terms.keyness(occurrences[w], total, other[w], other_total), w))
+    hidden = vocabulary.without(tokenizer, names[:cfg.n_known])
+    return [{"term": w, "pieces": task.ids_of(hidden, f" {w}")} for w in names[:cfg.n_known]]
+
+
+def windows(docs, word, n, rng, fits):
+    """Windows around one use of `word` in each of at most n documents, drawn with `rng`; `fits` says which will do."""
+    out = []
+    for doc in rng.sample(docs, len(docs)):
+        if len(out) == n:
+            break
+        if starts := task.places(doc["text"], word):
+            row = {"term": word, **task.window(doc["text"], rng.choice(starts), len(word))}
+            out += [row] if fits(row) else []
+    return out
+
+
+def distinct(rows, most):
+    """Rows without near-duplicates of earlier ones, at most `most` of a term and split."""
+    twins, seen, kept = corpus.near_duplicates([row["text"] for row in rows], JACCARD, bands=32, rows=2), Counter(), []
+    for row, twin in zip(rows, twins):
+        if twin is None and seen[key := (row["term"], row.get("split"))] < most:
+            kept.append(row)
+            seen[key] += 1
+    return kept
+
+
+def twins_of(taught, held_out):
+    """Which held-out windows are near-duplicates of an earlier one, in training or held out."""
+    found = corpus.near_duplicates([row["text"] for row in taught + held_out], JACCARD, bands=32, rows=2)
+    return [twin is not None for twin in found[len(taught):]]
+
+
+def main(run):
+    cfg, rng = run.cfg, random.Random(run.cfg.seed)
+    tokenizer = models.load_tokenizer(cfg.model)
+    path = listed(cfg)
+    for file in filter(None, (path, Path(cfg.data).expanduser(), task.HERE / "ru_texts.jsonl" if cfg.terms == "ru" else None)):
+        if file.is_file():
+            run.track(file.absolute())
+    docs = sorted(task.documents(cfg), key=lambda d: d["text"])
+    split = {name: [d for d in docs if d["split"] == name] for name in ("train", "dev", "test")}
+    general = task.general_texts()
+    train, held_out = ([d["text"] for d in split[s]] for s in ("train", "test"))
+    found = terms.find(tokenizer, train, held_out, general, cfg.least_texts, cfg.least_held_out)
+    chosen = choose(cfg, tokenizer, found, path)
+    words = [row["term"] for row in chosen]
+    extended, added = vocabulary.extend(tokenizer, words)
+
+    def fits(row):  # a term whose tokens reach over its borders could not be scored on its own
+        return task.encode(tokenizer, row)[1] is not None and task.encode(extended, row)[1] is not None
+    known = known_words(cfg, tokenizer, train, held_out, general, chosen, found)
+    parts = {"train": [w for word in words for w in windows(split["train"], word, 2 * cfg.n_windows, rng, fits)],
+             "dev": [w for word in words for w in windows(split["dev"], word, cfg.n_dev, rng, fits)],
+             "known": [{**w, "split": s} for k in known for s, n in (("train", 2 * cfg.n_windows), ("test", 2 * cfg.n_uses))
+                       for w in windows(split[s], k["term"], n, rng, lambda row: True)]}
+    uses = [w for word in words for w in windows(split["test"], word, len(split["test"]), rng, fits)]
+    free = [d for d in split["test"] if not any(task.places(d["text"], word) for word in words)]
+    texts = [{"set": kind, "text": t if len(t) <= 180 else t[:t.rfind(" ", 0, 180)]}
+             for kind, pool in (("domain", held_out), ("free", [d["text"] for d in free]), ("general", general))
+             for t in rng.sample(pool, min(len(pool), 2 * cfg.n_texts))]
+
+    for name in ("train", "known"):
+        parts[name] = distinct(parts[name], cfg.n_windows)
+    n_train = Counter(w["term"] for w in parts["train"])
+    for word in words:
+        if n_train[word] < cfg.least_texts:
+            raise SystemExit(f"{word!r} has {n_train[word]} distinct windows to train on, {cfg.least_texts} needed: more texts, another word, "
+                             f"or SET=least_texts={n_train[word]}")
+    taught = parts["train"] + [w for w in parts["known"] if w["split"] == "train"]
+    kept, dropped = Counter(), Counter()
+    parts["uses"], parts["texts"] = [], []
+    for row, twin in zip(uses + texts, twins_of(taught, uses + texts)):  # also of each other: items are to be independent
+        name, key, most = ("uses", row["term"], cfg.n_uses) if "term" in row else ("texts", row["set"], cfg.n_texts)
+        dropped[name] += twin
+        if not twin and kept[key] < most:
+            parts[name].append(row)
+            kept[key] += 1
+    leaks = sum(twins_of(taught, parts["uses"] + parts["texts"]))
+    if leaks or any(kept[word] == 0 for word in words):
+        raise SystemExit(f"{leaks} held-out windows repeat training; terms without a held-out use: {[w for w in words if not kept[w]]}")
+
+    table = [{"table": "counts", "model": "all", "metric": k, "value": v} for k, v in {
+        "documents": len(docs), **{f"{s}_documents": len(d) for s, d in split.items()}, "words_seen": len(terms.uses(train)[0]),
+        "candidates": len(found), "accepted": sum(r["rejected"] is None for r in found), "terms_taken": len(words),
+        "new_entries": len(added), "training_windows": len(parts["train"]), "held_out_uses": len(parts["uses"]),
+        "test_documents_without_a_term": len(free),
+        "held_out_uses_dropped_as_near_copies": dropped["uses"], "held_out_texts_dropped_as_near_copies": dropped["texts"],
+        "held_out_windows_near_training": leaks}.items()]
+    table += [{"table": "candidates", "model": r["term"], "metric": "score", "value": r["score"], "keyness": r["keyness"],
+               "pieces": [tokenizer.convert_tokens_to_string([p]) for p in r["pieces"]], "documents": r["documents"],
+               "held_out_documents": r["held_out_documents"], "rejected": r["rejected"], "taken": r["term"] in words} for r in found]
+    table += [{"table": "rejected", "model": reason, "metric": "words", "value": n} for reason, n in
+              Counter(" ".join("N" if w.isdigit() else w for w in r["rejected"].split()) for r in found if r["rejected"]).most_common()]
+    table += [{"table": "terms", "model": r["term"], "metric": "training_windows", "value": n_train[r["term"]], "held_out_uses": kept[r["term"]],
+               "anchors": r["anchors"], "negative_anchors": r["negative_anchors"], "definition": r["definition"]} for r in chosen]
+    entries = {what["term"]: what["id"] for what in added.values() if what["term"]}
+    for name, surface in {"after a blank": " {}", "plural": " {}s", "in brackets": "({})", "at a line's start": "\n{}"}.items():
+        forms = [(w, surface.format(w)) for w in words]
+        table.append({"table": "surface", "model": name, "metric": "share_of_terms_in_one_id", "n": len(forms),
+                      "value": sum(entries[w] in task.ids_of(extended, form) for w, form in forms) / max(1, len(forms))})
+    caught = Counter()
+    for doc in split["test"]:  # as it was written, line breaks and all
+        spelled = task.ids_of(extended, doc["raw"])
+        caught["by id"] += sum(i in set(entries.values()) for i in spelled)
+        caught["mentions"] += sum(doc["raw"].count(w) for w in words)
+    table.append({"table": "surface", "model": "all mentions in raw held-out text", "metric": "share_of_mentions_in_one_id",
+                  "value": caught["by id"] / max(1, caught["mentions"]), "n": caught["mentions"]})
+
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(terms.COLUMNS)
+    writer.writerows([r["term"], "", "", ""] for r in found if r["rejected"] is None)
+    results.write_atomic(run.folder / "found.csv", stream.getvalue())
+    results.write_atomic(run.folder / "terms.json", json.dumps({"terms": chosen, "known": known}, ensure_ascii=False))
+    for name, rows in parts.items():
+        results.write_atomic(run.folder / f"{name}.jsonl", task.as_lines(rows))
+    run.save(table, artifacts=["terms.json", "found.csv", *(f"{name}.jsonl" for name in parts)])
+    run.log(candidates=len(found), accepted=sum(r["rejected"] is None for r in found), terms=len(words), uses=len(parts["uses"]), leaks=leaks)
+
+
+if __name__ == "__main__":
+    results.start(main, Config, task.PROFILES, PROFILES)

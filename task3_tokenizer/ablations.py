@@ -1,0 +1,153 @@
+"""Question: which of the choices about new rows mattered, and how many texts does a token need?
+
+Every row is stage (a), the rows alone, with one thing changed, scored once on the uses of 04: later stages move everything and would hide
+it. Not numbered, because nothing depends on it; `make ablations` runs it. Interrupted, the same command goes on with the row it was at.
+
+Reads   the knobs and data of 01-04 of the same run
+Writes  results/<run>/task3_tokenizer/ablations.json, runs/<run>/task3_tokenizer/ablations/
+Needs   about 2 min a row, 25 min in all, and 4 GB on 2 cores
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from common import models  # before anything that loads bitsandbytes: it keeps that quiet
+
+# isort: split
+
+from transformers import AutoTokenizer
+
+from common import results, stats
+from task3_tokenizer import embeddings, intrinsic, task, training, vocabulary
+
+
+@dataclass(frozen=True)
+class Config(task.Config):
+    # Names of the rows to train, separated by ";" ("" = all): for one more look at one of them.
+    only: str = ""
+    # Terms of the curve over texts per token, those with the most texts: few have 200.
+    n_curve: int = 8
+
+
+PROFILES = {
+    "smoke": dict(
+        only="tied;AddedToken;texts per token",  # what takes another path through the code
+        n_curve=2,  # same
+    ),
+    "cpu": dict(),
+    "gpu": dict(),
+}
+# name -> (way of adding the tokens, knobs of 03 changed); what 03 itself trained is the row they are compared with
+ROWS = {
+    **{init: ("entry and merges", {"init": init}) for init in embeddings.INITS if init != "mean of pieces"},
+    "tied": ("entry and merges", {"tied": True}),
+    "AddedToken": ("AddedToken", {}),
+    "AddedToken with blank": ("AddedToken with blank", {}),
+    "entry and ignore_merges": ("entry and ignore_merges", {}),
+    "seed 1": ("entry and merges", {"seed": 1}),
+    "seed 2": ("entry and merges", {"seed": 2}),
+}
+TEXTS = {"smoke": (0, 2)}
+CURVE = (0, 5, 25, 50, 100, 200)  # 0: the mean of the pieces, untrained
+
+
+def added_by(way, tokenizer, words):
+    """(tokenizer, {new id: old ids}) of one of vocabulary.variants."""
+    if way == "entry and merges":
+        built, added = vocabulary.extend(tokenizer, words)
+        return built, embeddings.spell(added, tokenizer.get_vocab())
+    built, blank = vocabulary.variants(tokenizer, words)[way], "" if way == "AddedToken" else " "
+    return built, {task.ids_of(built, f"{blank}{word}")[-1]: task.ids_of(tokenizer, f"{blank}{word}") for word in words}
+
+
+def train_row(run, name, config, data_hash, source, words, rows, dev, uses, free):
+    """{"items"} of one row, from its cache if neither knobs, data nor code changed."""
+    way, _ = ROWS[name]
+    folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
+    mark = hashlib.sha256(json.dumps([name, config, data_hash, results.imported_modules()]).encode()).hexdigest()
+    if (cache := folder.with_suffix(".json")).exists() and (found := json.loads(cache.read_text()))["identity"] == mark:
+        return found
+    cfg = SimpleNamespace(**config)
+    tokenizer, splits = added_by(way, source, words)
+    shutil.rmtree(folder, ignore_errors=True)
+    training.begin(cfg, folder / "init", tokenizer, splits, dev, mark)
+    batch = min(cfg.batch_size, len(words))
+    training.train_stage(cfg, folder / "init", folder / "a", tokenizer, sorted(splits), [], (cfg.lr_rows, 0.0),
+                         training.in_turn(rows, cfg.texts_a, cfg.seed, batch), batch, dev, mark, lambda **values: None)
+    model = models.load_decoder(str(folder / "a"), "bf16")
+    items = {kind: task.score(model, tokenizer, part, cfg.eval_batch_size, list(splits)) for kind, part in (("uses", uses), ("free", free))}
+    results.write_atomic(cache, json.dumps({"identity": mark, "items": items}))
+    shutil.rmtree(folder)
+    return json.loads(cache.read_text())
+
+
+def curve(run, config, data_hash, chosen, rows, dev, uses, old):
+    """Result rows of stage (a) with 0 to 200 texts for each of the terms that have the most."""
+    counts = Counter(row["term"] for row in rows)
+    words = [word for word, _ in counts.most_common(run.cfg.n_curve)]
+    rows, uses = ([row for row in part if row["term"] in words] for part in (rows, uses))
+    source, cfg = run.artifact("03_train", "new/init"), SimpleNamespace(**config)
+    tokenizer, table = AutoTokenizer.from_pretrained(source, padding_side="left"), []
+    ids = {word: task.ids_of(tokenizer, f" {word}")[0] for word in words}
+    terms, known = [row for row in chosen if row["term"] in words], intrinsic.whole_words(old)
+    for texts in TEXTS.get(run.profile, CURVE):
+        folder = run.folder / "ablations" / f"texts-{texts}"
+        mark = hashlib.sha256(json.dumps([texts, words, config, data_hash, results.imported_modules()]).encode()).hexdigest()
+        cache = folder.with_suffix(".json")
+        if not (cache.exists() and json.loads(cache.read_text())["identity"] == mark):
+            facts, batch = {"steps": 0, "texts": 0}, min(cfg.batch_size, len(words))
+            if texts:
+                shown = training.in_turn(rows, texts, cfg.seed, batch)
+                facts = training.train_stage(cfg, source, folder, tokenizer, sorted(ids.values()), [], (cfg.lr_rows, 0.0), shown, batch, dev, mark,
+                                             lambda **values: None)
+            model = models.load_decoder(str(folder if texts else source), "bf16")
+            items = task.score(model, tokenizer, uses, cfg.eval_batch_size, list(ids.values()))
+            looks = [f["anchors"] for f in intrinsic.look(model, tokenizer, terms, ids, known, cfg.seed) if f["side"] == "output"]
+            row = {"identity": mark, "items": items, "steps": facts["steps"], "windows": facts["texts"], "looks": looks}
+            results.write_atomic(cache, json.dumps(row))
+            shutil.rmtree(folder, ignore_errors=True)
+        found = json.loads(cache.read_text())
+        more = {"texts": texts, "steps": found["steps"], "terms": len(words), "windows_per_term": found["windows"] / len(words)}
+        table += [row | more | {"table": "texts"} for row in task.rows_of({"uses": found["items"]}, "new a")]
+        if len(looks := [c for c in found["looks"] if c is not None]) > 1:
+            table.append({"table": "texts", "model": "new a", "metric": "anchors", **stats.ratio_interval(looks, [1] * len(looks)), **more})
+        run.log(texts=texts, steps=found["steps"], term_bits=next(r["value"] for r in table if r["texts"] == texts and r["metric"] == "term_bits"))
+    return table, words
+
+
+def main(run):
+    data, trained = run.load("01_data"), run.load("03_train")
+    run.load("04_eval")
+    names = [n.strip() for n in run.cfg.only.split(";")] if run.cfg.only else [*ROWS, "texts per token"]
+    if unknown := [n for n in names if n not in ROWS and n != "texts per token"]:
+        raise SystemExit(f"only={run.cfg.only!r}: no row {unknown[0]!r}; rows: {'; '.join(ROWS)}; texts per token")
+    chosen = json.loads(run.artifact("01_data", "terms.json").read_text(encoding="utf-8"))["terms"]
+    rows, dev, uses, texts = (task.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev", "uses", "texts"))
+    measured = json.loads(run.artifact("04_eval", "items.json").read_text())
+    free = [row for row in texts if row["set"] == ("free" if "free" in measured["new a"] else "general")]
+    old, words = models.load_tokenizer(run.cfg.model), [row["term"] for row in chosen]
+    done = {"as in 03": {"uses": measured["new a"]["uses"], "free": measured["new a"].get("free", measured["new a"].get("general"))}}
+    for name in (n for n in names if n in ROWS):
+        done[name] = train_row(run, name, trained["config"] | ROWS[name][1], results.result_hash(data), old, words, rows, dev, uses, free)["items"]
+        spent = sum(i["nats"] for i in done[name]["uses"]) / sum(i["bytes"] for i in done[name]["uses"])
+        run.log(row=name.replace(" ", "_"), nats_per_byte=spent)
+    table = []
+    for name, items in done.items():
+        table += [row | {"table": "ablation"} for row in task.rows_of({"uses": items["uses"]}, name)]
+        table += [row | {"table": "ablation"} for row in task.rows_of({"free": items["free"]}, name) if row["metric"] == "new_token_mass"]
+        if name != "as in 03":
+            table.append(task.delta_row("ablation minus 03", name, "bits_per_byte", done["as in 03"]["uses"], items["uses"]))
+    if "texts per token" in names:
+        found, curve_words = curve(run, trained["config"], results.result_hash(data), chosen, rows, dev, uses, old)
+        base = [item for item, row in zip(measured["base"]["uses"], uses) if row["term"] in curve_words]
+        table += found + [row | {"table": "texts base"} for row in task.rows_of({"uses": base}, "base")]
+    run.save(table)
+
+
+if __name__ == "__main__":
+    results.start(main, Config, task.PROFILES, PROFILES)

