@@ -35,7 +35,7 @@ task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, cont
 
 task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (17 min on 2 cores)
 
-ablations: task2 task3 $(R)/task2_encoder/ablations.json $(R)/task3_tokenizer/ablations.json  ## what each choice of tasks 2 and 3 was worth, a training per row (52 min on 2 cores)
+ablations: $(if $(TERMS),,task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice of tasks 2 and 3 was worth, a training per row (52 min on 2 cores)
 
 $(R)/%.json: FORCE
 	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $*.py $(ARGS) ;; *) exit 2 ;; esac

@@ -131,8 +131,8 @@ def verdict(found: Found) -> str:
             continue
         result = found[run, task, "04_eval"]
         base, tuned, delta = headline(result)[0]
-        worse = [f"{r['table']} {r['metric']} {interval(r)}" for r in Rows(result).all(model="delta")
-                 if r.get("verdict") == "worse" and r["table"] != "headline"]
+        worse = [f"{r['table']} {r['metric']} {interval(r)}" for r in Rows(result).all(verdict="worse")
+                 if r["table"] != "headline" and (r["model"] == "delta" or r.get("in_verdict"))]
         lines.append(f"- **{task}** ({title}, run `{run}`): {delta['metric']} {number(base['value'])} -> {number(tuned['value'])}, delta "
                      f"{interval(delta)} (95 %), p {p_value(delta['p'])}, n = {delta['n']}: **{delta['verdict']}**. "
                      f"Worse, with an interval that excludes 0: {'; '.join(worse) or 'nothing of what is measured here'}.")
@@ -147,7 +147,7 @@ def overview(found: Found) -> str:
             minutes = sum(c["seconds"] for c in costs) / 60
             peak = max(c["peak_memory_bytes"] for c in costs) / 2**30
             for base, tuned, delta in headline(result):
-                name = f"{delta['metric']} ({'lower' if delta['metric'] in LOWER else 'higher'} is better)"
+                name = f"{delta['metric']} ({'lower' if delta['metric'].split(',')[0] in LOWER else 'higher'} is better)"
                 body.append([task, run, result["config"]["model"], name, number(base["value"]), number(tuned["value"]), interval(delta),
                              p_value(delta["p"]), delta["n"], delta["verdict"], number(minutes, 1), number(peak, 1)])
     return table(["task", "run", "model", "metric", "base", "tuned", "delta [95 %]", "p", "n", "verdict", "minutes", "peak GiB"], body)
@@ -191,7 +191,7 @@ def cost(found: Found, task: str, title: str) -> str:
 
     def value(r):
         return f"{r['value'] / 2**20:,.1f} MiB" if "bytes" in r["metric"] else number(r["value"])
-    full = table(["quantity", "value"], [[r["metric"].replace("_", " "), value(r)] for r in facts])
+    full = table(["quantity", "value"], [[f"{r['model']}, {r['stage']}: " * ("stage" in r) + r["metric"].replace("_", " "), value(r)] for r in facts])
     return table(["step", "minutes", "peak GiB", "tokens/s in training"], steps) + "\n\n" + fold(title, full)
 
 

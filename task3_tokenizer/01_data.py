@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +62,10 @@ def listed(cfg):
 
 
 def choose(cfg, tokenizer, found, path):
-    """The terms of the list, or the best found; each {term, anchors, negative_anchors, definition}. SystemExit for too few texts."""
+    """The terms of the list, or all that were found and accepted, best first; each {term, anchors, negative_anchors, definition}. SystemExit
+    for one that has too few documents."""
     if path is None:
-        chosen = [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""} for r in found if r["rejected"] is None][:cfg.n_terms]
-        if not chosen:
-            raise SystemExit(f"no word has two tokens or more, {cfg.least_texts} training and {cfg.least_held_out} held-out documents: "
-                             "more texts, or SET='least_texts=.. least_held_out=..'")
-        return chosen
+        return [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""} for r in found if r["rejected"] is None]
     chosen = terms.read_terms(path, tokenizer)
     known = {r["term"]: r for r in found}
     for row in chosen:
@@ -93,15 +91,18 @@ def known_words(cfg, tokenizer, train, held_out, general, chosen, found):
     return [{"term": w, "pieces": task.ids_of(hidden, f" {w}")} for w in names[:cfg.n_known]]
 
 
-def windows(docs, word, n, rng, fits):
-    """Windows around one use of `word` in each of at most n documents, drawn with `rng`; `fits` says which will do."""
-    out = []
+def windows(docs, word, n, rng, fits, taken=None):
+    """Windows around one use of `word` in each of at most n documents, drawn with `rng`; `fits` says which will do, `taken` collects the
+    documents used, which are not used again."""
+    out, taken = [], set() if taken is None else taken
     for doc in rng.sample(docs, len(docs)):
         if len(out) == n:
             break
-        if starts := task.places(doc["text"], word):
+        if doc["text"] not in taken and (starts := task.places(doc["text"], word)):
             row = {"term": word, **task.window(doc["text"], rng.choice(starts), len(word))}
-            out += [row] if fits(row) else []
+            if fits(row):
+                out.append(row)
+                taken.add(doc["text"])
     return out
 
 
@@ -134,41 +135,53 @@ def main(run):
     train, held_out = ([d["text"] for d in split[s]] for s in ("train", "test"))
     found = terms.find(tokenizer, train, held_out, general, cfg.least_texts, cfg.least_held_out)
     chosen = choose(cfg, tokenizer, found, path)
-    words = [row["term"] for row in chosen]
-    extended, added = vocabulary.extend(tokenizer, words)
+    extended, _ = vocabulary.extend(tokenizer, [row["term"] for row in chosen])
 
     def fits(row):  # a term whose tokens reach over its borders could not be scored on its own
         return task.encode(tokenizer, row)[1] is not None and task.encode(extended, row)[1] is not None
+    parts = {"train": distinct([w for row in chosen for w in windows(split["train"], row["term"], 2 * cfg.n_windows, rng, fits)], cfg.n_windows)}
+    n_train = Counter(w["term"] for w in parts["train"])
+    for row in chosen if path else []:
+        if n_train[row["term"]] < cfg.least_texts:
+            raise SystemExit(f"{path.name}: {row['term']!r} has {n_train[row['term']]} distinct windows to train on, {cfg.least_texts} needed: "
+                             f"more texts, another word, or SET=least_texts={n_train[row['term']]}")
+    chosen = [row for row in chosen if n_train[row["term"]] >= cfg.least_texts][:None if path else cfg.n_terms]
+    if not chosen:
+        raise SystemExit(f"no word has two tokens or more, {cfg.least_texts} distinct training windows and {cfg.least_held_out} held-out documents: "
+                         "more texts, or SET='least_texts=.. least_held_out=..'")
+    words = [row["term"] for row in chosen]
+    extended, added = vocabulary.extend(tokenizer, words)
+    parts["train"] = [w for w in parts["train"] if w["term"] in words]
     known = known_words(cfg, tokenizer, train, held_out, general, chosen, found)
-    parts = {"train": [w for word in words for w in windows(split["train"], word, 2 * cfg.n_windows, rng, fits)],
-             "dev": [w for word in words for w in windows(split["dev"], word, cfg.n_dev, rng, fits)],
-             "known": [{**w, "split": s} for k in known for s, n in (("train", 2 * cfg.n_windows), ("test", 2 * cfg.n_uses))
-                       for w in windows(split[s], k["term"], n, rng, lambda row: True)]}
-    uses = [w for word in words for w in windows(split["test"], word, len(split["test"]), rng, fits)]
-    free = [d for d in split["test"] if not any(task.places(d["text"], word) for word in words)]
+    parts["known"] = distinct([{**w, "split": s} for k in known for s, n in (("train", 2 * cfg.n_windows), ("test", 2 * cfg.n_uses))
+                               for w in windows(split[s], k["term"], n, rng, lambda row: True)], cfg.n_windows)
+    parts["dev"] = [w for word in words for w in windows(split["dev"], word, cfg.n_dev, rng, fits)]
+    taken, rare_first = set(), sorted(words, key=lambda w: next(r["held_out_documents"] for r in found if r["term"] == w))
+    uses = [w for word in rare_first for w in windows(split["test"], word, 3 * cfg.n_uses, rng, fits, taken)]  # a document serves one term only
+    uses.sort(key=lambda w: words.index(w["term"]))
+    new_ids = {what["id"] for what in added.values()}
+    free = [d["text"] for d in split["test"] if not new_ids & {*task.ids_of(extended, d["text"])}]
     texts = [{"set": kind, "text": t if len(t) <= 180 else t[:t.rfind(" ", 0, 180)]}
-             for kind, pool in (("domain", held_out), ("free", [d["text"] for d in free]), ("general", general))
+             for kind, pool in (("domain", held_out), ("free", free), ("general", general))
              for t in rng.sample(pool, min(len(pool), 2 * cfg.n_texts))]
 
-    for name in ("train", "known"):
-        parts[name] = distinct(parts[name], cfg.n_windows)
-    n_train = Counter(w["term"] for w in parts["train"])
-    for word in words:
-        if n_train[word] < cfg.least_texts:
-            raise SystemExit(f"{word!r} has {n_train[word]} distinct windows to train on, {cfg.least_texts} needed: more texts, another word, "
-                             f"or SET=least_texts={n_train[word]}")
     taught = parts["train"] + [w for w in parts["known"] if w["split"] == "train"]
     kept, dropped = Counter(), Counter()
-    parts["uses"], parts["texts"] = [], []
-    for row, twin in zip(uses + texts, twins_of(taught, uses + texts)):  # also of each other: items are to be independent
-        name, key, most = ("uses", row["term"], cfg.n_uses) if "term" in row else ("texts", row["set"], cfg.n_texts)
-        dropped[name] += twin
-        if not twin and kept[key] < most:
-            parts[name].append(row)
-            kept[key] += 1
-    leaks = sum(twins_of(taught, parts["uses"] + parts["texts"]))
-    if leaks or any(kept[word] == 0 for word in words):
-        raise SystemExit(f"{leaks} held-out windows repeat training; terms without a held-out use: {[w for w in words if not kept[w]]}")
+    for name, rows, key, most in (("uses", uses, "term", cfg.n_uses), ("texts", texts, "set", cfg.n_texts)):
+        parts[name] = []
+        for row, twin in zip(rows, twins_of(taught, rows)):  # also of each other: items are to be independent
+            dropped[name] += twin
+            if not twin and kept[row[key]] < most:
+                parts[name].append(row)
+                kept[row[key]] += 1
+    parts["texts"] = [row for row in parts["texts"] if kept[row["set"]] > 1]
+    leaks = sum(twins_of(taught, parts["uses"])) + sum(twins_of(taught, parts["texts"]))
+    if leaks:
+        raise SystemExit(f"{leaks} held-out windows repeat training: the gate in 01_data.py is broken")
+    if few := [word for word in words if kept[word] < 2]:
+        raise SystemExit(f"{few[0]!r} has {kept[few[0]]} held-out uses that are no near copies, 2 needed: more texts, or another word")
+    if not parts["dev"]:
+        raise SystemExit("no dev document has a term: more texts, or a split column with dev in it")
 
     table = [{"table": "counts", "model": "all", "metric": k, "value": v} for k, v in {
         "documents": len(docs), **{f"{s}_documents": len(d) for s, d in split.items()}, "words_seen": len(terms.uses(train)[0]),
@@ -193,7 +206,7 @@ def main(run):
     for doc in split["test"]:  # as it was written, line breaks and all
         spelled = task.ids_of(extended, doc["raw"])
         caught["by id"] += sum(i in set(entries.values()) for i in spelled)
-        caught["mentions"] += sum(doc["raw"].count(w) for w in words)
+        caught["mentions"] += sum(len(re.findall(rf"(?<![^\W_]){re.escape(w)}(?![^\W_])", doc["raw"])) for w in words)
     table.append({"table": "surface", "model": "all mentions in raw held-out text", "metric": "share_of_mentions_in_one_id",
                   "value": caught["by id"] / max(1, caught["mentions"]), "n": caught["mentions"]})
 

@@ -6,6 +6,7 @@ Needs   about 1 min and 2 GB on 2 cores
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from task3_tokenizer import task, vocabulary
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # Windows on which the ways of adding tokens are compared, beside sentences of ours.
+    # Windows, every k-th, on which the ways of adding tokens are compared, beside sentences of ours.
     n_compare: int = 200
 
 
@@ -78,7 +79,8 @@ def main(run):
               for entry, what in added.items() if what["term"] is None]
 
     uses, texts = (task.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("uses", "texts"))
-    table += compare(tokenizer, words, [row["text"] for row in (uses + texts)[:cfg.n_compare]])
+    step = math.ceil(len(uses + texts) / cfg.n_compare)
+    table += compare(tokenizer, words, [row["text"] for row in (uses + texts)[::step]])
     for row in table:
         if row["table"] == "ways" and row["metric"] in ("round_trip_share", "one_token_share"):
             run.log(way=row["model"].replace(" ", "_"), **{row["metric"]: float(row["value"])})
@@ -89,8 +91,9 @@ def main(run):
     table += [{"table": "size", "model": "base", "metric": k, "value": v} for k, v in {
         "parameters": size["parameters"], "vocabulary": matrix.shape[0], "hidden": matrix.shape[1], "matrix_parameters": matrix.numel(),
         "tied": int(model.config.tie_word_embeddings), "new_rows": len(added), "new_parameters_untied": 2 * len(added) * matrix.shape[1]}.items()]
-    measured, _ = task.measure(model, tokenizer, run)
-    answers = task.define(model, tokenizer, words)
+    task.check_head(model, tokenizer)
+    measured = task.measure(model, tokenizer, run)
+    answers = task.define(model, tokenizer, words, cfg)
     table += [row for row in task.rows_of(measured, "base") if row["metric"] != "new_token_mass"]
     for word in words:
         own = [i["term_nats"] for i, row in zip(measured["uses"], uses) if row["term"] == word]

@@ -10,6 +10,7 @@ Needs   about 6 min and 3 GB on 2 cores
 
 import json
 import math
+import time
 from dataclasses import dataclass
 
 from common import models  # before anything that loads bitsandbytes: it keeps that quiet
@@ -25,7 +26,7 @@ from task3_tokenizer import embeddings, intrinsic, task, vocabulary
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # Windows on which other first values of the rows are compared before any training: they differ by more than their intervals.
+    # Windows, every k-th, on which other first values of the rows are compared before any training: they differ by more than their intervals.
     n_inits: int = 120
     # Held-out beginnings per term that the model continues: does it write the term, and with which tokens?
     n_continued: int = 3
@@ -63,6 +64,17 @@ def continued(model, tokenizer, uses, ids_of_terms, n):
         by_id += hit and ids[0] == ids_of_terms.get(row["term"])
         same += task.ids_of(tokenizer, text) == ids
     return {"continued": len(chosen), "term_written": right, "term_written_by_new_id": by_id, "re_encodes_alike": same}
+
+
+def speed(cfg, model, tokenizer, old, uses):
+    """Bytes per second of reading the same windows with new tokens and as spelled before, in turns, three times after a warm-up."""
+    size, spent = sum(len(row["text"].encode()) for row in uses), {"new tokens": 0.0, "old pieces": 0.0}
+    for turn in range(4):
+        for name, spelling in (("new tokens", tokenizer), ("old pieces", old)):
+            started = time.time()
+            task.score(model, spelling, uses, cfg.eval_batch_size)
+            spent[name] += (time.time() - started) * (turn > 0)
+    return [{"table": "speed", "model": name, "metric": "bytes_per_second", "value": 3 * size / seconds} for name, seconds in spent.items()]
 
 
 def inits(cfg, run, tokenizer, splits, new_ids, uses, texts):
@@ -126,7 +138,7 @@ def main(run):
             name, folder = f"{arm} {stage}", run.artifact("03_train", f"{arm}/{stage}")
             tokenizer, model = AutoTokenizer.from_pretrained(folder, padding_side="left"), models.load_decoder(str(folder), "bf16")
             new_ids = list(splits) if arm == "new" else []
-            items[name], seconds = task.measure(model, tokenizer, run, new_ids, old if arm == "new" else None)
+            items[name] = task.measure(model, tokenizer, run, new_ids, old if arm == "new" else None)
             table += task.rows_of(items[name], name, stage=stage)
             if arm == "new":
                 looks[stage] = intrinsic.look(model, tokenizer, chosen["terms"], ids_of_terms, words, cfg.seed)
@@ -138,12 +150,9 @@ def main(run):
                 found = continued(model, tokenizer, uses, ids_of_terms if arm == "new" else {}, cfg.n_continued)
                 table += [{"table": "continued", "model": name, "metric": k, "value": v} for k, v in found.items()]
             if stage == "c2":
-                definitions[arm] = task.define(model, tokenizer, list(ids_of_terms))
-                size = sum(i["bytes"] for i in items[name]["uses"])
-                table += [{"table": "speed", "model": f"{name}: {kind}", "metric": "bytes_per_second", "value": size / seconds[kind]}
-                          for kind in ("uses", "uses, old pieces") if kind in seconds]
-            scored = next(r["value"] for r in table if (r["table"], r["model"]) == ("uses", name))
-            run.log(scored=name.replace(" ", "_"), bits_per_byte=scored, seconds=sum(seconds.values()))
+                definitions[arm] = task.define(model, tokenizer, list(ids_of_terms), cfg)
+                table += speed(cfg, model, tokenizer, old, uses[::4]) if arm == "new" else []
+            run.log(scored=name.replace(" ", "_"), bits_per_byte=next(r["value"] for r in table if (r["table"], r["model"]) == ("uses", name)))
             del model
 
     for stage in task.STAGES:
@@ -154,6 +163,8 @@ def main(run):
                     continue  # a rank of one token and of the first of several are different things
                 table += [task.delta_row(f"minus control: {kind}", f"new {stage}", metric, control[kind], new[kind]),
                           task.delta_row(f"minus base: {kind}", f"new {stage}", metric, items["base"][kind], new[kind])]
+        if stage == list(task.STAGES)[-1]:
+            table = [row | {"in_verdict": True} if row["model"] == f"new {stage}" and row["table"].startswith("minus") else row for row in table]
         table.append(task.delta_row("id minus old pieces", f"new {stage}", "after_bits_per_byte", new["uses, old pieces"], new["uses"]))
     for kind, read in (("uses", uses), ("domain", [r for r in texts if r["set"] == "domain"])):
         if n_words := sum(len(r["text"].split()) for r in read):
@@ -177,8 +188,8 @@ def main(run):
                                   **stats.paired_delta([first[k][metric] for k in have], values)})
     new_ids, n = list(splits), cfg.n_inits
     tokenizer = AutoTokenizer.from_pretrained(run.artifact("03_train", "new/c2"))
-    step = max(1, len(uses) // n)  # every k-th, so that all terms are there
-    table += inits(cfg, run, tokenizer, splits, new_ids, uses[::step][:n], texts)
+    step = math.ceil(len(uses) / n)  # every k-th, so that all terms are there
+    table += inits(cfg, run, tokenizer, splits, new_ids, uses[::step], texts)
     if chosen["known"]:
         table += relearnt(cfg, run, old, chosen["known"], [w for w in known if w["split"] == "test"])
 

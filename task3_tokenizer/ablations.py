@@ -48,9 +48,7 @@ ROWS = {
     "tied": ("entry and merges", {"tied": True}),
     "AddedToken": ("AddedToken", {}),
     "AddedToken with blank": ("AddedToken with blank", {}),
-    "entry and ignore_merges": ("entry and ignore_merges", {}),
     "seed 1": ("entry and merges", {"seed": 1}),
-    "seed 2": ("entry and merges", {"seed": 2}),
 }
 TEXTS = {"smoke": (0, 2)}
 CURVE = (0, 5, 25, 50, 100, 200)  # 0: the mean of the pieces, untrained
@@ -62,7 +60,9 @@ def added_by(way, tokenizer, words):
         built, added = vocabulary.extend(tokenizer, words)
         return built, embeddings.spell(added, tokenizer.get_vocab())
     built, blank = vocabulary.variants(tokenizer, words)[way], "" if way == "AddedToken" else " "
-    return built, {task.ids_of(built, f"{blank}{word}")[-1]: task.ids_of(tokenizer, f"{blank}{word}") for word in words}
+    splits = {task.ids_of(built, f"{blank}{word}")[-1]: task.ids_of(tokenizer, f"{blank}{word}") for word in words}
+    assert min(splits) >= len(tokenizer), f"{way}: a term has no id of its own"
+    return built, splits
 
 
 def train_row(run, name, config, data_hash, source, words, rows, dev, uses, free):
@@ -77,8 +77,8 @@ def train_row(run, name, config, data_hash, source, words, rows, dev, uses, free
     shutil.rmtree(folder, ignore_errors=True)
     training.begin(cfg, folder / "init", tokenizer, splits, dev, mark)
     batch = min(cfg.batch_size, len(words))
-    training.train_stage(cfg, folder / "init", folder / "a", tokenizer, sorted(splits), [], (cfg.lr_rows, 0.0),
-                         training.in_turn(rows, cfg.texts_a, cfg.seed, batch), batch, dev, mark, lambda **values: None)
+    training.train_stage(cfg, folder / "init", folder / "a", tokenizer, sorted(splits), False, [], (cfg.lr_rows,),
+                         training.in_turn(rows, training.shares(cfg, rows)["a"], cfg.seed, batch), batch, dev, mark, lambda **values: None)
     model = models.load_decoder(str(folder / "a"), "bf16")
     items = {kind: task.score(model, tokenizer, part, cfg.eval_batch_size, list(splits)) for kind, part in (("uses", uses), ("free", free))}
     results.write_atomic(cache, json.dumps({"identity": mark, "items": items}))
@@ -103,8 +103,8 @@ def curve(run, config, data_hash, chosen, rows, dev, uses, old):
             facts, batch = {"steps": 0, "texts": 0}, min(cfg.batch_size, len(words))
             if texts:
                 shown = training.in_turn(rows, texts, cfg.seed, batch)
-                facts = training.train_stage(cfg, source, folder, tokenizer, sorted(ids.values()), [], (cfg.lr_rows, 0.0), shown, batch, dev, mark,
-                                             lambda **values: None)
+                facts = training.train_stage(cfg, source, folder, tokenizer, sorted(ids.values()), False, [], (cfg.lr_rows,), shown, batch, dev,
+                                             mark, lambda **values: None)
             model = models.load_decoder(str(folder if texts else source), "bf16")
             items = task.score(model, tokenizer, uses, cfg.eval_batch_size, list(ids.values()))
             looks = [f["anchors"] for f in intrinsic.look(model, tokenizer, terms, ids, known, cfg.seed) if f["side"] == "output"]
@@ -126,6 +126,10 @@ def main(run):
     names = [n.strip() for n in run.cfg.only.split(";")] if run.cfg.only else [*ROWS, "texts per token"]
     if unknown := [n for n in names if n not in ROWS and n != "texts per token"]:
         raise SystemExit(f"only={run.cfg.only!r}: no row {unknown[0]!r}; rows: {'; '.join(ROWS)}; texts per token")
+    was_tied = next(r["value"] for r in run.load("02_baseline")["rows"] if r["metric"] == "tied")
+    impossible = {"tied"} if trained["config"]["tied"] or not was_tied else set()
+    impossible |= {"last and first piece", "weighted pieces"} if trained["config"]["tied"] else set()
+    names = [n for n in names if n not in impossible]
     chosen = json.loads(run.artifact("01_data", "terms.json").read_text(encoding="utf-8"))["terms"]
     rows, dev, uses, texts = (task.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev", "uses", "texts"))
     measured = json.loads(run.artifact("04_eval", "items.json").read_text())

@@ -57,58 +57,65 @@ def initial(matrix: torch.Tensor, splits: list[list[int]], method: str, side: st
 
 
 class RowEmbedding(nn.Module):
-    """An embedding of which only the rows `ids` are trained: they are a parameter of their own, in fp32, all others are a buffer.
+    """An embedding whose rows `ids` are a parameter of their own, in fp32; the matrix is a buffer, or with `whole` a second parameter.
 
     What is no parameter cannot be moved by weight decay, momentum or clipping. `forward`: (rows, columns) ids -> (rows, columns, hidden).
     """
 
-    def __init__(self, weight: torch.Tensor, ids: list[int]):
+    def __init__(self, weight: torch.Tensor, ids: list[int], whole: bool = False):
         super().__init__()
-        self.register_buffer("weight", weight.detach(), persistent=False)
         place = torch.full((len(weight),), -1, device=weight.device)
         place[torch.tensor(ids)] = torch.arange(len(ids), device=weight.device)
         self.register_buffer("place", place, persistent=False)
+        self.dtype = weight.dtype
+        self.weight = nn.Parameter(weight.detach().float()) if whole else nn.Buffer(weight.detach(), persistent=False)
         self.rows = nn.Parameter(weight.detach()[torch.tensor(ids)].float())
 
     def forward(self, ids):
         place = self.place[ids]
-        trained = self.rows[place.clamp(min=0)].to(self.weight.dtype)
-        return torch.where((place >= 0)[..., None], trained, functional.embedding(ids, self.weight))
+        own = self.rows[place.clamp(min=0)]
+        return torch.where((place >= 0)[..., None], own, functional.embedding(ids, self.weight)).to(self.dtype)
 
 
 class RowHead(nn.Module):
-    """An output head of which only the rows `ids` are trained, `rows` (a parameter, shared with the embedding if the model is tied).
+    """An output head made in the same way; `shared` is the embedding of a tied model, whose parameters it then uses.
 
-    The frozen rows cost no weight gradient: for 50k tokens that is a third of the head. `forward`: (..., hidden) -> (..., vocabulary).
+    Frozen rows cost no weight gradient: for 50k tokens that is a third of the head. `forward`: (..., hidden) -> (..., vocabulary).
     """
 
-    def __init__(self, weight: torch.Tensor, ids: list[int], rows: nn.Parameter | None = None):
+    def __init__(self, weight: torch.Tensor, ids: list[int], whole: bool = False, shared: RowEmbedding | None = None):
         super().__init__()
-        self.register_buffer("weight", weight.detach(), persistent=False)
         self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
-        self.rows = nn.Parameter(weight.detach()[self.ids].float()) if rows is None else rows
+        if shared is not None:
+            self.weight, self.rows = shared.weight, shared.rows
+        else:
+            self.weight = nn.Parameter(weight.detach().float()) if whole else nn.Buffer(weight.detach(), persistent=False)
+            self.rows = nn.Parameter(weight.detach()[self.ids].float())
 
     def forward(self, hidden):
-        rows = self.rows.to(hidden.dtype)
-        if len(self.ids) == len(self.weight):
-            return functional.linear(hidden, rows)
-        return functional.linear(hidden, self.weight).index_copy_(-1, self.ids, functional.linear(hidden, rows))
+        own = functional.linear(hidden, self.rows.to(hidden.dtype))
+        return functional.linear(hidden, self.weight.to(hidden.dtype)).index_copy_(-1, self.ids, own)
 
 
-def train_rows(model, ids: list[int]) -> list[nn.Parameter]:
-    """Freeze the model but the rows `ids` of both matrices; returns the parameters to train (one if the model is tied)."""
+def train_rows(model, ids: list[int], whole: bool = False) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Freeze the model but the rows `ids` of both matrices and, with `whole`, these matrices; returns (rows, matrices) to train, each of
+    input and output, or one of each if the model is tied. A row of `ids` in the matrix is then dead: `write_rows` puts its own over it."""
     model.requires_grad_(False)
     ids, head = sorted(ids), model.get_output_embeddings()
-    inner = RowEmbedding(model.get_input_embeddings().weight, ids)
-    outer = RowHead(head.weight, ids, inner.rows if model.config.tie_word_embeddings else None)
+    inner = RowEmbedding(model.get_input_embeddings().weight, ids, whole)
+    outer = RowHead(head.weight, ids, whole, inner if model.config.tie_word_embeddings else None)
     model.set_input_embeddings(inner)
     model.set_output_embeddings(outer)
-    return list(dict.fromkeys((inner.rows, outer.rows)))
+    return list(dict.fromkeys((inner.rows, outer.rows))), list(dict.fromkeys((inner.weight, outer.weight))) if whole else []
 
 
 @torch.no_grad()
-def write_rows(model, ids: list[int], rows: list[torch.Tensor]) -> None:
-    """Put rows (len(ids), hidden) into the input and, if there are two, the output matrix of a plain model."""
+def write_rows(model, ids: list[int], rows: list[torch.Tensor], matrices: list[torch.Tensor] = ()) -> None:
+    """Put `matrices` (vocabulary, hidden), if given, and over them rows (len(ids), hidden) into the input and, if there are two, the output
+    matrix of a plain model."""
     where = torch.tensor(sorted(ids), device=model.device)
-    for matrix, values in zip((model.get_input_embeddings().weight, model.get_output_embeddings().weight), rows):
+    plain = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for matrix, values in zip(plain, matrices):
+        matrix.copy_(values)
+    for matrix, values in zip(plain, rows):
         matrix[where] = values.to(matrix)

@@ -94,8 +94,15 @@ def results_block(found: Found) -> str:
         minus = rows.one(table="intrinsic minus init", model=r["model"], stage=r["stage"], metric="anchors")
         inside.append([r["model"], STAGES[r["stage"]], interval(r), interval(minus),
                        *map(cell, ("negatives", "anchor_rank", "negative_rank", "norm"))])
+    inside_rows = inside and [
+        "Inside the rows: mean-centred cosine to anchor words and to words that have nothing to do with the term, and the share of 1,000 random "
+        "words that are less similar (0.5 is chance):",
+        table(["matrix", "stage", "cosine to anchors [95 %]", "minus before training", "to negative anchors", "anchors above", "negatives above",
+               "norm over median"], inside), f"![cosine by stage](results/{run}/{TASK}/cosine.svg)"]
     saved = [[r["model"], number(r["before"], 1), number(r["after"], 1), number(r["value"], 1), number(r["n"])] for r in rows.all(table="saved")]
+    speeds = [r["value"] for r in rows.all(table="speed")]
     speed = [[r["model"], number(r["value"], 0)] for r in rows.all(table="speed")]
+    speed.append(["ratio", number(speeds[0] / speeds[1])])
     written = [[name, *(rows.one(table="continued", model=name, metric=m)["value"] for m in
                         ("continued", "term_written", "term_written_by_new_id", "re_encodes_alike"))]
                for name in dict.fromkeys(r["model"] for r in rows.all(table="continued"))]
@@ -111,10 +118,7 @@ def results_block(found: Found) -> str:
         "pieces:", table(["stage", "after the id [95 %]", "after the pieces [95 %]", "id minus pieces [95 %]", "p", "verdict"], after),
         "First values compared, before any training:",
         table(["first values", "bits per byte around terms", "bits per term", "mass of new ids in text without terms"], inits),
-        "Inside the rows: mean-centred cosine to anchor words and to words that have nothing to do with the term, and the share of 1,000 random "
-        "words that are less similar (0.5 is chance):",
-        table(["matrix", "stage", "cosine to anchors [95 %]", "minus before training", "to negative anchors", "anchors above", "negatives above",
-               "norm over median"], inside), f"![cosine by stage](results/{run}/{TASK}/cosine.svg)",
+        *inside_rows,
         "What stayed frozen, what moved. \"Other rows\" are all that are no new row (control: no piece of a term):",
         table(["arm", "stage", "largest change of other input rows", "of other output rows", "mean change, input", "norm of trained input rows",
                "of output rows", "median norm", "dev bits per byte"], frozen),
@@ -157,8 +161,9 @@ def cards(found: Found) -> str:
     verdicts = [sum(r["verdict"] == v for r in rows.all(table="cards")) for v in WORTH]
     return "\n\n".join([
         f"Of {len(body)} terms {verdicts[0]} are predicted better by the model with new tokens than by the control, for {verdicts[1]} no difference "
-        f"can be shown with {rows.rows and rows.all(table='cards')[0]['n']} uses each, {verdicts[2]} are predicted worse. Bits a term costs at its "
-        "true place (`either`: new id or old pieces, their probabilities added; this is what the verdict compares with the control):",
+        f"can be shown with at most {max(r['n'] for r in rows.all(table='cards'))} uses each, {verdicts[2]} are predicted worse; of {len(body)} "
+        "verdicts at p < 0.05 one is expected to be wrong. Bits a term costs at its true place (`either`: new id or old pieces after the same "
+        "text, their probabilities added; this is what the verdict compares with the control):",
         table(["term", "pieces", "base", "control", "before training", "(a)", "(c2), id", "(c2), either", "either minus control [95 %]",
                "median rank", "worth adding?"], body),
         fold("Nearest words: output rows before training and after (c2), input rows after (c2)",
@@ -213,7 +218,8 @@ BLOCKS = {"task3/data": data, "task3/choices": lambda found: choices(found, TASK
 
 
 def band(axes, points: list[tuple], label: str, colour: str) -> None:
-    """A line through (x, row) with the rows' intervals as bars."""
+    """A line through (x, row) with the rows' intervals as bars; points without a row are left out."""
+    points = [(p, r) for p, r in points if r]
     x = [p for p, _ in points]
     axes.errorbar(x, [r["value"] for _, r in points], yerr=[[r["value"] - r["lo"] for _, r in points], [r["hi"] - r["value"] for _, r in points]],
                   color=colour, marker="o", ms=4, lw=1.5, capsize=2, label=label)

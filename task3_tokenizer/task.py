@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,24 +123,30 @@ def ids_of(tokenizer, text: str) -> list[int]:
 
 # ------------------------------------------------------------------------------------------------------------------- scores
 
-def encode(tokenizer, row: dict) -> tuple[list[int], tuple[int, int] | None]:
-    """(ids, (first, end) of the term's tokens among them); None if the row has no term, or the tokenizer cuts across its borders."""
+def encode(tokenizer, row: dict, spelling=None) -> tuple[list[int], tuple[int, int] | None]:
+    """(ids, (first, end) of the term's tokens among them); None if the row has no term, or the tokenizer cuts across its borders.
+
+    With another tokenizer as `spelling` the term alone is spelled by it, and all around it as before.
+    """
     ids = ids_of(tokenizer, row["text"])
     if "start" not in row:
         return ids, None
-    left, word = (ids_of(tokenizer, part) for part in (row["text"][:row["start"] - 1], row["text"][row["start"] - 1:row["end"]]))
-    inside = ids[:len(left)] == left and ids[len(left):len(left) + len(word)] == word
-    return ids, (len(left), len(left) + len(word)) if inside else None
+    left, word, right = row["text"][:row["start"] - 1], row["text"][row["start"] - 1:row["end"]], row["text"][row["end"]:]
+    parts = [ids_of(tokenizer, left), ids_of(tokenizer, word), ids_of(tokenizer, right)]
+    if [*parts[0], *parts[1], *parts[2]] != ids:
+        return ids, None
+    parts[1] = ids_of(spelling or tokenizer, word)
+    return [*parts[0], *parts[1], *parts[2]], (len(parts[0]), len(parts[0]) + len(parts[1]))
 
 
 @torch.inference_mode()
-def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids: list[int] = ()) -> list[dict]:
+def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids: list[int] = (), spelling=None) -> list[dict]:
     """Each text {"text"[, "start", "end"]} after one EOS, logits in float32.
 
     Per item: nats, tokens, bytes (UTF-8); mass, the probability of any of `new_ids` summed over positions where none comes; and for a row
     with a term term_nats, term_tokens, rank (of the term's first token, 1 = most probable), after_nats and after_bytes (what follows).
     """
-    encoded = [encode(tokenizer, row) for row in rows]
+    encoded = [encode(tokenizer, row, spelling) for row in rows]
     decoder, head, items = model.get_decoder(), model.get_output_embeddings(), [{}] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i][0]), i))
     new = torch.tensor(list(new_ids), dtype=torch.long, device=model.device)
@@ -170,19 +175,25 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids: list[int
     return items
 
 
-def measure(model, tokenizer, run, new_ids: list[int] = (), old_tokenizer=None) -> tuple[dict[str, list[dict]], dict[str, float]]:
-    """({kind: items}, {kind: seconds}) of everything 02 and 04 compare: "uses" (held-out windows around the terms), "domain", "free" (no
-    term), "general"; with `old_tokenizer` also "uses, old pieces", the same windows spelled as before."""
-    texts, sets = read_rows(run.artifact("01_data", "texts.jsonl")), {"uses": (tokenizer, read_rows(run.artifact("01_data", "uses.jsonl")))}
+def measure(model, tokenizer, run, new_ids: list[int] = (), old_tokenizer=None) -> dict[str, list[dict]]:
+    """{kind: items} of everything 02 and 04 compare: "uses" (held-out windows around the terms), "domain", "free" (no term), "general"; with
+    `old_tokenizer` also "uses, old pieces", the same windows with the term in question spelled as before, and nothing else."""
+    texts, uses = (read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("texts", "uses"))
+    size = run.cfg.eval_batch_size
+    found = {"uses": score(model, tokenizer, uses, size, new_ids)}
     if old_tokenizer is not None:
-        sets["uses, old pieces"] = (old_tokenizer, sets["uses"][1])
-    sets |= {kind: (tokenizer, [row for row in texts if row["set"] == kind]) for kind in dict.fromkeys(row["set"] for row in texts)}
-    found, seconds = {}, {}
-    for kind, (spelling, rows) in sets.items():
-        started = time.time()
-        found[kind] = score(model, spelling, rows, run.cfg.eval_batch_size, new_ids)
-        seconds[kind] = time.time() - started
-    return found, seconds
+        found["uses, old pieces"] = score(model, tokenizer, uses, size, new_ids, spelling=old_tokenizer)
+    return found | {kind: score(model, tokenizer, [row for row in texts if row["set"] == kind], size, new_ids)
+                    for kind in dict.fromkeys(row["set"] for row in texts)}
+
+
+def check_head(model, tokenizer) -> None:
+    """SystemExit unless the head is a plain matrix: scores and rows of their own know nothing of a bias, a scale or a cap after it."""
+    ids = torch.tensor([[tokenizer.eos_token_id, *ids_of(tokenizer, " a graph of nodes")]], device=model.device)
+    with torch.inference_mode():
+        plain = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state @ model.get_output_embeddings().weight.T
+        if not torch.allclose(plain.float(), model(input_ids=ids).logits.float(), rtol=0.05, atol=0.1):
+            raise SystemExit("this model does more after its output head than multiply (bias, scale or cap), which task 3 does not support")
 
 
 @torch.inference_mode()
@@ -197,10 +208,14 @@ def go_on(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[lis
     return [line[:line.index(eos)] if eos in line else line for line in out[:, width:].tolist()]
 
 
-def define(model, tokenizer, words: list[str]) -> dict[str, str]:
+def define(model, tokenizer, words: list[str], cfg: Config) -> dict[str, str]:
     """{word: how the model goes on after a sentence of ours that asks for its meaning}."""
-    prompts = [f"In a Python library, {w} is" if w.isascii() else f"Простыми словами, {w} — это" for w in words]
-    return {w: tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for w, ids in zip(words, go_on(model, tokenizer, prompts, 20))}
+    def prompt(word):
+        if re.search("[а-яё]", word.lower()):
+            return f"Простыми словами, {word} — это"
+        return f"In a Python library, {word} is" if cfg.data == "corpus" else f"The word {word} means"
+    written = go_on(model, tokenizer, [prompt(word) for word in words], 20)
+    return {w: tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for w, ids in zip(words, written)}
 
 
 # metric -> (numerator, denominator or None for the mean over items, scale, higher is better)

@@ -14,13 +14,14 @@ import random
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from common import models, results
 from task3_tokenizer import embeddings, task
@@ -28,7 +29,7 @@ from task3_tokenizer import embeddings, task
 
 def in_turn(rows: list[dict], each: int, seed: int, batch_size: int, skip: int = 0) -> list[dict]:
     """`each` windows of every term, those before `skip` left out: rounds of one of each term, in random order. Within spans of 8 batches
-    similar lengths come together (7 % of tokens are then padding, not 25 %), the batches of a span shuffled again."""
+    similar lengths come together (7 % of tokens are then padding, not 25 %), the full batches of a span shuffled again."""
     by_term: dict[str, list[dict]] = {}
     for row in rows:
         by_term.setdefault(row["term"], []).append(row)
@@ -39,8 +40,28 @@ def in_turn(rows: list[dict], each: int, seed: int, batch_size: int, skip: int =
     for start in range(0, len(turns), 8 * batch_size):
         span = sorted(turns[start:start + 8 * batch_size], key=lambda row: len(row["text"]))
         batches = [span[i:i + batch_size] for i in range(0, len(span), batch_size)]
-        out += [row for batch in rng.sample(batches, len(batches)) for row in batch]
+        full = [batch for batch in batches if len(batch) == batch_size]
+        out += [row for batch in rng.sample(full, len(full)) + batches[len(full):] for row in batch]
     return out
+
+
+def shares(cfg, rows: list[dict]) -> dict[str, int]:
+    """{stage: texts per term}: the knobs, or all four cut alike if no term has as many windows. SystemExit if a stage would get none."""
+    asked = {"a": cfg.texts_a, "b": cfg.texts_b, "c1": cfg.texts_c1, "c2": cfg.texts_c2}
+    most = max(Counter(row["term"] for row in rows).values())
+    if min(asked.values()) < 1 or most < len(asked):
+        raise SystemExit(f"texts per term and stage {asked}, windows of a term {most}: every stage needs at least one")
+    part = min(1.0, most / sum(asked.values()))
+    return {stage: max(1, int(part * texts)) for stage, texts in asked.items()}
+
+
+def check_names(name: str, modules: list[str]) -> None:
+    """SystemExit before anything is trained if LoRA would not find its layers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.resolve(name)))
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"})
+    if missing := [m for m in modules if m not in linear]:
+        raise SystemExit(f"MODEL={name}: no linear layer named {missing[0]!r} for attention=.. or mlp=..; it has {', '.join(linear) or 'none'}")
 
 
 def collate(examples: list[list[int]], pad_token_id: int) -> dict:
@@ -146,25 +167,24 @@ def begin(cfg, folder: Path, tokenizer, splits: dict[int, list[int]], dev: list[
     return facts
 
 
-def train_stage(cfg, source: Path, target: Path, tokenizer, ids: list[int] | None, modules: list[str], rates: tuple[float, float],
+def train_stage(cfg, source: Path, target: Path, tokenizer, ids: list[int], whole: bool, modules: list[str], rates: tuple[float, ...],
                 rows: list[dict], batch_size: int, dev: list[dict], mark: str, log) -> dict:
-    """One stage from checkpoint to checkpoint: the rows `ids` of both matrices (None: all) and LoRA on `modules`, if any.
+    """One stage from checkpoint to checkpoint: the rows `ids` of both matrices, with `whole` these matrices, and LoRA on `modules`, if any.
 
-    `rates`: learning rates of rows and LoRA. The adapter is merged into the 16-bit weights, rows are rounded to them, and dev bits per byte
-    are those of the saved model. Returns the facts.
+    `rates`: learning rates of rows, matrices and LoRA. The adapter is merged into the 16-bit weights, rows are rounded to them, and dev bits
+    per byte are those of the saved model. Returns the facts.
     """
     transformers.set_seed(cfg.seed)
     model = models.load_decoder(str(source), "bf16")
     model.config.use_cache = False
-    ids = list(range(model.get_input_embeddings().weight.shape[0])) if ids is None else ids
-    parameters = embeddings.train_rows(model, ids)
-    groups = [(parameters, rates[0])]
+    own, matrices = embeddings.train_rows(model, ids, whole)
+    groups = [(own, rates[0]), *([(matrices, rates[1])] if whole else [])]
     if modules:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, bias="none",
                                                  lora_dropout=cfg.lora_dropout, target_modules=modules))
-        for parameter in parameters:  # PEFT freezes all it did not make
+        for parameter in own + matrices:  # PEFT freezes all it did not make
             parameter.requires_grad_(True)
-        groups.append(([p for n, p in model.named_parameters() if "lora_" in n], rates[1]))
+        groups.append(([p for n, p in model.named_parameters() if "lora_" in n], rates[2]))
     facts = fit(cfg, model, tokenizer, groups, rows, batch_size, f"{target.parent.name}/{target.name}", log)
 
     merged = models.load_decoder(str(source), "bf16")
@@ -173,7 +193,7 @@ def train_stage(cfg, source: Path, target: Path, tokenizer, ids: list[int] | Non
         model.save_pretrained(adapter, save_embedding_layers=False)
         merged = PeftModel.from_pretrained(merged, str(adapter)).merge_and_unload()
         shutil.rmtree(adapter)
-    embeddings.write_rows(merged, ids, parameters)
+    embeddings.write_rows(merged, ids, own, matrices)
     facts |= {"identity": mark, "dev_bits_per_byte": dev_score(cfg, merged, tokenizer, dev)}
     save(target, merged, tokenizer, facts)
     return facts
@@ -192,7 +212,7 @@ def relearn(cfg, source: Path, target: Path, tokenizer, known: list[dict], rows:
         kept[f"{side}_true"] = matrix.detach()[ids].float().clone()
         kept[f"{side}_start"] = embeddings.initial(matrix, [splits[i] for i in ids], cfg.init, side, cfg.seed)
     embeddings.write_rows(model, ids, [kept["input_start"], kept["output_start"]])
-    parameters = embeddings.train_rows(model, ids)
+    parameters, _ = embeddings.train_rows(model, ids)
     facts = fit(cfg, model, tokenizer, [(parameters, cfg.lr_rows)], rows, batch_size, target.name, log)
     for side, values in zip(sides, (parameters[0], parameters[-1])):
         kept[f"{side}_learnt"] = values.detach().cpu()

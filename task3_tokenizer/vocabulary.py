@@ -52,6 +52,8 @@ def extend(tokenizer, terms: list[str]):
     check_terms(tokenizer, terms)
     old, state, added = tokenizer.get_vocab(), json.loads(tokenizer.backend_tokenizer.to_str()), {}
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    for special in state["added_tokens"]:  # in Llama 3 and Qwen they stand behind the vocabulary, and would be numbered anew behind ours
+        vocabulary.setdefault(special["content"], special["id"])
     following = 1 + max(old.values())
     for term in terms:
         left, *others = Tokenizer.from_str(json.dumps(state)).encode(f" {term}", add_special_tokens=False).tokens
@@ -97,6 +99,8 @@ def variants(tokenizer, terms: list[str]) -> dict:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     byte_level = {term: tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(f" {term}")[0][0] for term in terms}
     following = 1 + max(tokenizer.get_vocab().values())
+    for special in state["added_tokens"]:
+        state["model"]["vocab"].setdefault(special["content"], special["id"])
     state["model"]["vocab"] |= {entry: following + i for i, entry in enumerate(byte_level.values())}
     state["model"]["ignore_merges"] = True
     built["entry and ignore_merges"] = _with_state(tokenizer, state)
@@ -107,5 +111,6 @@ def without(tokenizer, words: list[str]):
     """The tokenizer as if it had never learnt " word": merges that make or use these entries are gone, ids are as they were."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     hidden = {entry for word in words for entry in pieces(tokenizer, f" {word}")}
+    state["model"]["ignore_merges"] = False  # Llama 3 looks up whole words first
     state["model"]["merges"] = [m for m in state["model"]["merges"] if not hidden & {m[0], m[1], m[0] + m[1]}]
     return _with_state(tokenizer, state)

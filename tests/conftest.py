@@ -1,15 +1,18 @@
 """Shared fixtures: a tiny random Llama with the real tokenizer, and a copy of the repository whose results/ may be written to."""
 
 import os
+
+os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}  # no test asks a hub; before anything that reads it
+
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from common import models, results
+from tests import forked
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +67,12 @@ def repo(tmp_path_factory):
 
 
 def environment(root: Path) -> dict:
-    return os.environ | {"PYTHONPATH": str(root), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return os.environ | {"PYTHONPATH": str(root)}
 
 
-def step(root: Path, name: str, *args: str, task: str = "task1_decoder", **kwargs) -> subprocess.CompletedProcess:
+def step(root: Path, name: str, *args: str, task: str = "task1_decoder") -> subprocess.CompletedProcess:
     """Run a script of a task in `root` with the smoke profile."""
-    command = [sys.executable, f"{task}/{name}.py", "--profile", "smoke", *args]
-    return subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True, timeout=300, check=False, **kwargs)
+    return forked.run(root, f"{task}/{name}.py", ["--profile", "smoke", *args], timeout=300)
 
 
 def one_line(done: subprocess.CompletedProcess, *words: str) -> None:

@@ -30,8 +30,8 @@ def own(repo, tiny_encoder_folder):
     return ["--model", str(tiny_encoder_folder), "--data", str(repo / "pairs.jsonl"), *TRAIN]
 
 
-def run(repo, name, *args, **kwargs):
-    return step(repo, name, *args, task=TASK, **kwargs)
+def run(repo, name, *args):
+    return step(repo, name, *args, task=TASK)
 
 
 def rows_of(repo, run_name, name):

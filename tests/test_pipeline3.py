@@ -31,8 +31,8 @@ def own(repo, tiny_model_folder):
     return ["--model", str(tiny_model_folder), "--data", str(repo / "texts.jsonl"), *TRAIN, f"terms={repo / 'mine.csv'}"]
 
 
-def run(repo, name, *args, **kwargs):
-    return step(repo, name, *args, task=TASK, **kwargs)
+def run(repo, name, *args):
+    return step(repo, name, *args, task=TASK)
 
 
 def rows_of(repo, run_name, name):

@@ -62,12 +62,13 @@ def test_first_values_worked_by_hand():
         first("zeros")
 
 
-def test_rows_of_their_own_compute_what_the_plain_matrices_compute(untied, extended):
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_of_their_own_compute_what_the_plain_matrices_compute(untied, extended, whole):
     new, splits = extended
     batch = batch_of(new, TEXTS)
     with torch.no_grad():
         plain = untied(**batch).logits
-        embeddings.train_rows(untied, list(splits))
+        embeddings.train_rows(untied, list(splits), whole)
         assert torch.allclose(untied(**batch).logits, plain, atol=1e-5)
 
 
@@ -81,10 +82,10 @@ def test_only_the_rows_learn_and_their_gradients_are_those_of_the_whole_matrix(t
     model(**batch).loss.backward()
     whole = [m.weight.grad[ids].clone() for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     model.zero_grad()
-    rows = embeddings.train_rows(model, ids)
+    rows, matrices = embeddings.train_rows(model, ids)
     model(**batch).loss.backward()
     assert [n for n, p in model.named_parameters() if p.grad is not None] == [n for n, p in model.named_parameters() if p.requires_grad]
-    assert len(rows) == 2 - tied
+    assert len(rows) == 2 - tied and not matrices
     for row, gradient in zip(rows, whole):
         assert torch.allclose(row.grad, gradient, atol=1e-5) and gradient.abs().max() > 0
 
@@ -94,7 +95,8 @@ def test_old_rows_are_bit_identical_after_training_with_decay_and_clipping(tiny_
     new, splits = extended
     cfg = config(weight_decay=0.5, max_grad_norm=0.01, model=str(tiny_model_folder))
     training.begin(cfg, tmp_path / "init", new, splits, WINDOWS, "x")
-    training.train_stage(cfg, tmp_path / "init", tmp_path / "a", new, sorted(splits), [], (1e-2, 0), WINDOWS * 4, 4, WINDOWS, "x", lambda **k: None)
+    training.train_stage(cfg, tmp_path / "init", tmp_path / "a", new, sorted(splits), False, [], (1e-2,), WINDOWS * 4, 4, WINDOWS, "x",
+                         lambda **k: None)
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("init", "a"))
     for get in ("get_input_embeddings", "get_output_embeddings"):
         old, trained = (getattr(m, get)().weight for m in (before, after))
@@ -127,13 +129,15 @@ def test_a_stage_with_lora_is_saved_as_it_was_trained(tiny_model_folder, tmp_pat
     new, splits = extended
     cfg = config(model=str(tiny_model_folder))
     training.begin(cfg, tmp_path / "init", new, splits, WINDOWS, "x")
-    training.train_stage(cfg, tmp_path / "init", tmp_path / "c", new, None, ["q_proj", "up_proj"], (1e-3, 1e-2), WINDOWS * 4, 4, WINDOWS, "x",
-                         lambda **k: None)
+    training.train_stage(cfg, tmp_path / "init", tmp_path / "c", new, sorted(splits), True, ["q_proj", "up_proj"], (1e-2, 1e-3, 1e-2),
+                         WINDOWS * 4, 4, WINDOWS, "x", lambda **k: None)
     before, after = (dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters()) for name in ("init", "c"))
     assert before.keys() == after.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"embed_tokens", "lm_head", "q_proj", "up_proj"}
     assert not torch.equal(after["model.embed_tokens.weight"], after["lm_head.weight"])
+    moved = (after["lm_head.weight"] - before["lm_head.weight"]).abs()
+    assert moved[sorted(splits)].max() > 3 * moved[:min(splits)].max()  # each at its own rate
 
 
 def test_an_untied_head_survives_saving_loading_and_lm_eval(untied, tmp_path, extended):
@@ -184,6 +188,16 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer_as_such(tokenizer, extende
     assert values[0][1] == values[1][1] == len(text.encode()) and values[0][0] > values[1][0]
 
 
+def test_a_term_alone_can_be_spelled_by_another_tokenizer(tokenizer, extended):
+    """Around it all stays as it is: else two spellings of a term would stand in different contexts."""
+    new, _ = extended
+    text = " NetworkX and NetworkX again"
+    row = {"text": text, "start": text.index("NetworkX", 5), "end": text.index("NetworkX", 5) + len("NetworkX")}
+    (ids, place), (spelled, where) = task.encode(new, row), task.encode(new, row, tokenizer)
+    assert spelled[where[0]:where[1]] == task.ids_of(tokenizer, " NetworkX") and place[1] - place[0] == 1
+    assert spelled[:where[0]] == ids[:place[0]] and spelled[where[1]:] == ids[place[1]:]
+
+
 def test_windows_are_whole_words_around_the_use():
     text = " " + " ".join(f"word{i}" for i in range(60))
     start = text.index("word30")
@@ -198,6 +212,14 @@ def test_every_term_comes_once_a_round_and_no_window_twice():
     shown = training.in_turn(rows, each=4, seed=0, batch_size=4) + training.in_turn(rows, each=4, seed=0, batch_size=4, skip=4)
     assert len(shown) == len({r["text"] for r in shown}) == 3 * 8 + 3
     assert shown[:8] != sorted(shown[:8], key=lambda r: r["term"]) and training.in_turn(rows, 4, 0, 4) == training.in_turn(rows, 4, 0, 4)
+
+
+def test_stages_share_what_there_is_or_refuse():
+    knobs = config(texts_a=30, texts_b=10, texts_c1=10, texts_c2=10)
+    assert training.shares(knobs, [{"term": "a"}] * 60) == {"a": 30, "b": 10, "c1": 10, "c2": 10}
+    assert training.shares(knobs, [{"term": "a"}] * 30 + [{"term": "b"}] * 4) == {"a": 15, "b": 5, "c1": 5, "c2": 5}
+    with pytest.raises(SystemExit, match="at least one"):
+        training.shares(knobs, [{"term": "a"}] * 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- inside

@@ -1,5 +1,7 @@
 """New words: one id in every context they should have, none where they should not, and nothing else changed."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -54,6 +56,17 @@ def test_saved_and_opened_by_the_plain_library_it_is_the_same(extended, tokenize
     assert [again(t).input_ids for t in MIXED] == [new(t).input_ids for t in MIXED]
     assert again.chat_template == tokenizer.chat_template and again.pad_token == tokenizer.pad_token
     assert new.padding_side == tokenizer.padding_side and new.name_or_path == tokenizer.name_or_path
+
+
+def test_special_tokens_behind_the_vocabulary_keep_their_ids(tokenizer):
+    """As in Llama 3 and Qwen: they are added tokens only, with ids where new entries would go."""
+    other = vocabulary._with_state(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
+    other.add_special_tokens({"additional_special_tokens": ["<|behind|>"]})
+    behind = other.convert_tokens_to_ids("<|behind|>")
+    assert behind == len(tokenizer)
+    new, added = vocabulary.extend(other, ["NetworkX"])
+    assert new.convert_tokens_to_ids("<|behind|>") == behind and [what["id"] for what in added.values()] == [behind + 1]
+    assert new("<|behind|> NetworkX").input_ids == [behind, behind + 1]
 
 
 def test_terms_that_contain_each_other_are_all_one_token(tokenizer):
