@@ -30,7 +30,7 @@ def once(cfg, source, tokenizer, ids, rows, batch, peer: bool) -> dict:
         for parameter in (rows_of := [p for p in model.parameters() if p.requires_grad]):
             parameter.data = parameter.data.float()
     else:
-        rows_of = embeddings.train_rows(model, ids)
+        rows_of, _ = embeddings.train_rows(model, ids)
     kept, training.WindowTrainer = training.WindowTrainer, Trainer if peer else training.WindowTrainer
     try:
         return training.fit(cfg, model, tokenizer, [(rows_of, cfg.lr_rows)], rows, batch, "bench", lambda **values: None)

@@ -4,7 +4,7 @@
     python -m common.report check    exit 1 if a block is out of date, a result is stale, or a knob has no reason
 
 Nothing parses markdown, nothing is trained, and a number from the smoke profile never gets in. What a task says about itself is in
-its section.py: BLOCKS = {name: function of the results} and figures(results) -> {path: SVG}.
+its section.py: BLOCKS = {name: function of the results}, figures(results) -> {path: SVG}, and if the verdict needs it note(results).
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def verdict(found: Found) -> str:
                  if r["table"] != "headline" and (r["model"] == "delta" or r.get("in_verdict"))]
         lines.append(f"- **{task}** ({title}, run `{run}`): {delta['metric']} {number(base['value'])} -> {number(tuned['value'])}, delta "
                      f"{interval(delta)} (95 %), p {p_value(delta['p'])}, n = {delta['n']}: **{delta['verdict']}**. "
-                     f"Worse, with an interval that excludes 0: {'; '.join(worse) or 'nothing of what is measured here'}.")
+                     f"Worse, with an interval that excludes 0: {'; '.join(worse) or 'nothing of what is measured here'}."
+                     + "".join(f" {section.note(found)}" for section in sections() if task == section.TASK and hasattr(section, "note")))
     return "\n".join(lines)
 
 
@@ -191,7 +192,9 @@ def cost(found: Found, task: str, title: str) -> str:
 
     def value(r):
         return f"{r['value'] / 2**20:,.1f} MiB" if "bytes" in r["metric"] else number(r["value"])
-    full = table(["quantity", "value"], [[f"{r['model']}, {r['stage']}: " * ("stage" in r) + r["metric"].replace("_", " "), value(r)] for r in facts])
+    def name(r):
+        return (f"{r['model']}, {r['stage']}: " if "stage" in r else "") + r["metric"].replace("_", " ")
+    full = table(["quantity", "value"], [[name(r), value(r)] for r in facts])
     return table(["step", "minutes", "peak GiB", "tokens/s in training"], steps) + "\n\n" + fold(title, full)
 
 

@@ -61,26 +61,25 @@ def listed(cfg):
     return path
 
 
-def choose(cfg, tokenizer, found, path):
+def choose(cfg, tokenizer, found, path, train, held_out):
     """The terms of the list, or all that were found and accepted, best first; each {term, anchors, negative_anchors, definition}. SystemExit
     for one that has too few documents."""
     if path is None:
         return [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""} for r in found if r["rejected"] is None]
     chosen = terms.read_terms(path, tokenizer)
-    known = {r["term"]: r for r in found}
     for row in chosen:
-        seen = known.get(row["term"], {"documents": 0, "held_out_documents": 0})
-        if seen["documents"] < cfg.least_texts or seen["held_out_documents"] < cfg.least_held_out:
-            raise SystemExit(f"{path.name}: {row['term']!r} is in {seen['documents']} training and {seen['held_out_documents']} held-out documents, "
+        seen = [sum(bool(task.places(text, row["term"])) for text in texts) for texts in (train, held_out)]
+        if seen[0] < cfg.least_texts or seen[1] < cfg.least_held_out:
+            raise SystemExit(f"{path.name}: {row['term']!r} is in {seen[0]} training and {seen[1]} held-out documents, "
                              f"{cfg.least_texts} and {cfg.least_held_out} needed: more texts, another word, or SET=terms=found")
     return chosen
 
 
 def known_words(cfg, tokenizer, train, held_out, general, chosen, found):
     """Words of the domain that are one token already, about as frequent as the terms: [{"term", "pieces" (ids it would be made of)}]."""
-    spread = sorted(r["documents"] for r in found if r["term"] in {c["term"] for c in chosen})
-    middle = spread[len(spread) // 2]
     occurrences, spreads = terms.uses(train)
+    spread = sorted(spreads[row["term"]] for row in chosen)
+    middle = spread[len(spread) // 2]
     other, _ = terms.uses(general)
     _, held_documents = terms.uses(held_out)
     total, other_total = sum(occurrences.values()), max(1, sum(other.values()))
@@ -134,7 +133,7 @@ def main(run):
     general = task.general_texts()
     train, held_out = ([d["text"] for d in split[s]] for s in ("train", "test"))
     found = terms.find(tokenizer, train, held_out, general, cfg.least_texts, cfg.least_held_out)
-    chosen = choose(cfg, tokenizer, found, path)
+    chosen = choose(cfg, tokenizer, found, path, train, held_out)
     extended, _ = vocabulary.extend(tokenizer, [row["term"] for row in chosen])
 
     def fits(row):  # a term whose tokens reach over its borders could not be scored on its own
@@ -156,7 +155,7 @@ def main(run):
     parts["known"] = distinct([{**w, "split": s} for k in known for s, n in (("train", 2 * cfg.n_windows), ("test", 2 * cfg.n_uses))
                                for w in windows(split[s], k["term"], n, rng, lambda row: True)], cfg.n_windows)
     parts["dev"] = [w for word in words for w in windows(split["dev"], word, cfg.n_dev, rng, fits)]
-    taken, rare_first = set(), sorted(words, key=lambda w: next(r["held_out_documents"] for r in found if r["term"] == w))
+    taken, rare_first = set(), sorted(words, key=lambda w: next((r["held_out_documents"] for r in found if r["term"] == w), 0))
     uses = [w for word in rare_first for w in windows(split["test"], word, 3 * cfg.n_uses, rng, fits, taken)]  # a document serves one term only
     uses.sort(key=lambda w: words.index(w["term"]))
     new_ids = {what["id"] for what in added.values()}

@@ -49,6 +49,17 @@ def before(found: Found) -> str:
         "The untrained model, in bits per byte:", table(["text", "bits per byte [95 %]", "n"], base)])
 
 
+def note(found: Found) -> str:
+    """What has to stand beside the verdict: differences where no new token can be the cause."""
+    rows, more = shown(found, TASK, "04_eval"), shown(found, TASK, "ablations")
+    free = rows.one(table="minus control: free", model="new c2")
+    again = more.one(table="seeds", model="new minus control", kind="uses", seed="seed 1") if more else None
+    said = ["For scale, the same two trainings differ"]
+    said += [f"by {interval(free)} in text without any term"] if free else []
+    said += [f"{'; and ' if free else ''}by {interval(again)} around terms when both are repeated with another seed"] if again else []
+    return " ".join(said).replace(" ; and", "; and") + "." if len(said) > 1 else ""
+
+
 def stage_rows(rows: Rows, kind: str, metric: str) -> list[list]:
     body = []
     for stage, title in STAGES.items():
@@ -191,6 +202,12 @@ def ablations(found: Found) -> str:
                   "text once:", table(["texts per token, at most", "mean", "bits per byte around terms [95 %]", "bits per term", "reciprocal rank",
                                        "cosine to anchors (output)", "steps"], curve),
                   f"![texts per token](results/{main_run(found, TASK)}/{TASK}/texts.svg)"]
+    seeds = [[KINDS[r["kind"]], r["seed"], *(interval(rows.one(table="seeds", model=m, kind=r["kind"], seed=r["seed"])) for m in ("new", "control")),
+              interval(r), p_value(r["p"]), r["verdict"]] for r in rows.all(table="seeds", model="new minus control")]
+    if seeds:
+        parts += ["Both arms through all stages once more with another seed (order of texts, adapter): intervals over texts do not show what "
+                  "another training changes. Bits per byte after (c2):",
+                  table(["text", "training", "new tokens [95 %]", "control [95 %]", "new minus control [95 %]", "p", "verdict"], seeds)]
     return "\n\n".join(parts)
 
 
@@ -253,8 +270,8 @@ def cosine_figure(rows: Rows, figure) -> None:
             band(axes, [(i, rows.one(table="intrinsic", model=side, stage=s, metric=metric)) for i, s in enumerate(names)], label, colour)
         axes.set(title=f"{side} rows", ylabel="mean-centred cosine")
         axes.set_xticks(range(len(names)), ["before", "(a)", "(b)", "(c1)", "(c2)"])
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
 
 
 def texts_figure(rows: Rows, figure) -> None:

@@ -26,6 +26,7 @@ def own(repo, tiny_model_folder):
         words = [rng.choice(common) for _ in range(18)]
         words.insert(rng.randrange(4, 16), WORDS[i % 3])
         rows.append({"text": " ".join(words), "split": ("train", "train", "test", "train", "dev")[i // 3 % 5]})
+    rows.append({"text": "one text alone has the word Snarkblat in it, and that is not enough", "split": "train"})
     (repo / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (repo / "mine.csv").write_text(HEAD + "Zorbex,river stone,paper,a thing\nflumquatish,,,\nкрипта,,,деньги\n")
     return ["--model", str(tiny_model_folder), "--data", str(repo / "texts.jsonl"), *TRAIN, f"terms={repo / 'mine.csv'}"]
@@ -99,15 +100,17 @@ def test_killed_and_resumed_training_equals_uninterrupted(repo, own, whole):
 
 
 def test_ablation_rows_take_the_other_ways(repo, own, whole):
-    done = run(repo, "ablations", "--run", "whole3", *own, "only=tied;AddedToken;texts per token")
+    done = run(repo, "ablations", "--run", "whole3", *own, "only=tied;AddedToken;texts per token;all stages, seed 1")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = rows_of(repo, "whole3", "ablations")
     assert {r["model"] for r in rows if r["table"] == "ablation"} == {"as in 03", "tied", "AddedToken"}
     assert {r["texts"] for r in rows if r["table"] == "texts"} == {0, 2}
+    seeds = {(r["model"], r["seed"]): r["value"] for r in rows if r["table"] == "seeds" and r["kind"] == "uses"}
+    assert len(seeds) == 6 and seeds["new", "as in 03"] != seeds["new", "seed 1"]
 
 
 @pytest.mark.parametrize(("text", "words"), [  # what else may be wrong with a list: tests/test_terms.py, tests/test_vocabulary.py
-    (HEAD + "Snarkblat,,,\n", ["mine3.csv: 'Snarkblat'", "0 training and 0 held-out documents", "20 and 4 needed"]),
+    (HEAD + "Snarkblat,,,\n", ["mine3.csv: 'Snarkblat'", "1 training and 0 held-out documents", "20 and 4 needed"]),
     (HEAD.encode("utf-16"), ["mine3.csv", "not UTF-8"])], ids=["rare", "encoding"])
 def test_a_bad_list_is_one_line_and_writes_nothing(repo, own, text, words):
     (repo / "mine3.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
