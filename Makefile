@@ -29,15 +29,15 @@ endif
 .NOTPARALLEL:
 .PHONY: all task1 task2 task3 ablations report check test lint smoke setup help clean FORCE
 
-all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 35 min on 2 cores after set-up
+all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 36 min on 2 cores after set-up
 
 task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (12 min on 2 cores)
 
 task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (8 min on 2 cores)
 
-task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (17 min on 2 cores)
+task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (18 min on 2 cores)
 
-ablations: $(if $(TERMS),,task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice of tasks 2 and 3 was worth, a training per row (52 min on 2 cores)
+ablations: $(if $(TERMS),,task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice of tasks 2 and 3 was worth, a training per row (53 min on 2 cores)
 
 $(R)/%.json: FORCE
 	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $*.py $(ARGS) ;; *) exit 2 ;; esac
