@@ -9,7 +9,6 @@ far the losses of the same steps are apart.
 
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 from common import models, results  # models before anything that loads bitsandbytes: it keeps that quiet
@@ -47,7 +46,7 @@ def main(steps: int) -> None:
     terms = [row["term"] for row in json.loads((folder / "terms.json").read_text())["terms"]]
     new, added = vocabulary.extend(old, terms)
     ids = sorted(embeddings.spell(added, old.get_vocab()))
-    rows = training.in_turn(task.read_rows(Path(folder) / "train.jsonl"), 10, 0, cfg.batch_size)[:steps * cfg.batch_size]
+    rows = training.in_turn(task.read_rows(folder / "train.jsonl"), 10, 0, cfg.batch_size)[:steps * cfg.batch_size]
     found: dict[str, list[dict]] = {"PEFT": [], "ours": []}
     for turn in range(2):
         for name in found:

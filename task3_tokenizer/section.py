@@ -26,9 +26,10 @@ def data(found: Found) -> str:
                         "Which forms of a term the new id catches:", surface])
 
 
-def spelling(rows: Rows) -> list[list]:
-    return [[f"`{r['model']}`", r["value"], " ".join(code(p) for p in r["pieces"]), " ".join(map(str, r["ids"])), r["bytes"], r["new_id"]]
-            for r in rows.all(table="spelling")]
+def spelling(rows: Rows) -> str:
+    return table(["term", "pieces now", "which", "ids", "bytes", "new id"],
+                 [[f"`{r['model']}`", r["value"], " ".join(code(p) for p in r["pieces"]), " ".join(map(str, r["ids"])), r["bytes"], r["new_id"]]
+                  for r in rows.all(table="spelling")])
 
 
 def before(found: Found) -> str:
@@ -43,7 +44,7 @@ def before(found: Found) -> str:
     n = rows.one(table="ways", metric="round_trip_share")["n"]
     base = [[KINDS.get(r["table"], r["table"]), interval(r), r["n"]] for r in rows.all(model="base", metric="bits_per_byte")]
     return "\n\n".join([
-        table(["term", "pieces now", "which", "ids", "bytes", "new id"], spelling(rows)),
+        spelling(rows),
         f"Every way to add them, on {n} texts (the first row adds nothing):",
         table(["way", *(h.replace("_", " ") for h in heads), "such words"], ways),
         "The untrained model, in bits per byte:", table(["text", "bits per byte [95 %]", "n"], base)])
@@ -158,17 +159,21 @@ WORTH = {"improved": "yes: shorter, and predicted better", "no difference shown"
          "worse": "no: shorter, but predicted worse"}
 
 
+def definitions(rows: Rows, prompt: str) -> str:
+    said = [[f"`{r['model']}`", *(code(r[f"definition_{k}"], 120) for k in ("before", "control", "after"))] for r in rows.all(table="cards")]
+    return fold(f"How each model goes on after \"{prompt}\"", table(["term", "base", "control", "new tokens"], said))
+
+
 def cards(found: Found) -> str:
     rows, start = shown(found, TASK, "04_eval"), shown(found, TASK, "02_baseline")
     if rows is None:
         return "not run"
-    body, near, said = [], [], []
+    body, near = [], []
     for r in rows.all(table="cards"):
         body.append([f"`{r['model']}`", start.one(table="spelling", model=r["model"])["value"], *(number(r[k], 1) for k in
                      ("base", "control_c2", "new_init", "new_a", "new_c2", "either")), interval(r), r["median_rank"], WORTH[r["verdict"]]])
         near.append([f"`{r['model']}`", ", ".join(r["neighbours_before"][:6]), ", ".join(r["neighbours_after"][:6]),
                      ", ".join(r["neighbours_input_after"][:6])])
-        said.append([f"`{r['model']}`", *(code(r[f"definition_{k}"], 120) for k in ("before", "control", "after"))])
     verdicts = [sum(r["verdict"] == v for r in rows.all(table="cards")) for v in WORTH]
     return "\n\n".join([
         f"Of {len(body)} terms {verdicts[0]} are predicted better by the model with new tokens than by the control, for {verdicts[1]} no difference "
@@ -179,7 +184,7 @@ def cards(found: Found) -> str:
                "median rank", "worth adding?"], body),
         fold("Nearest words: output rows before training and after (c2), input rows after (c2)",
              table(["term", "output, before", "output, after", "input, after"], near)),
-        fold("How each model goes on after \"In a Python library, TERM is\"", table(["term", "base", "control", "new tokens"], said))])
+        definitions(rows, "In a Python library, TERM is")])
 
 
 def ablations(found: Found) -> str:
@@ -219,14 +224,13 @@ def russian(found: Found) -> str:
     start, rows = (Rows(found[run, TASK, step]) for step in ("02_baseline", "04_eval"))
     cards = [[f"`{r['model']}`", *(number(r[k], 1) for k in ("base", "control_c2", "new_a", "new_c2", "either")), interval(r), WORTH[r["verdict"]]]
              for r in rows.all(table="cards")]
-    said = [[f"`{r['model']}`", *(code(r[f"definition_{k}"], 120) for k in ("before", "control", "after"))] for r in rows.all(table="cards")]
     saved = rows.one(table="saved", model="uses")
     return "\n\n".join([
-        table(["term", "pieces now", "which", "ids", "bytes", "new id"], spelling(start)),
+        spelling(start),
         table(HEAD, stage_rows(rows, "uses", "bits_per_byte") + stage_rows(rows, "general", "bits_per_byte")),
         f"Tokens per 1,000 words of such sentences: {number(saved['before'], 0)} before, {number(saved['after'], 0)} after.",
         table(["term", "base", "control", "(a)", "(c2), id", "(c2), either", "either minus control [95 %]", "worth adding?"], cards),
-        fold("How each model goes on after \"Простыми словами, TERM — это\"", table(["term", "base", "control", "new tokens"], said))])
+        definitions(rows, "Простыми словами, TERM — это")])
 
 
 BLOCKS = {"task3/data": data, "task3/choices": lambda found: choices(found, TASK), "task3/before": before, "task3/results": results_block,
@@ -242,20 +246,23 @@ def band(axes, points: list[tuple], label: str, colour: str) -> None:
                   color=colour, marker="o", ms=4, lw=1.5, capsize=2, label=label)
 
 
+def stage_ticks(axes) -> None:
+    axes.set_xticks(range(len(STAGES)), ["before" if stage == "init" else f"({stage})" for stage in STAGES])
+
+
 def stages_figure(rows: Rows, figure) -> None:
     figure.set_size_inches(7.6, 3)
     for axes, (kind, title) in zip(figure.subplots(1, 2), (("uses", "around terms"), ("general", "general English"))):
         base = rows.one(table=f"minus base: {kind}", model="new a", metric="bits_per_byte")
         if base is None:
             continue
-        names = ["init", "a", "b", "c1", "c2"]
         for arm, colour, shift in (("new", "#c2410c", 0.06), ("control", "#52606d", -0.06)):
-            points = [(i + shift, r) for i, s in enumerate(names) if (r := rows.one(table=kind, model=f"{arm} {s}", metric="bits_per_byte"))]
+            points = [(i + shift, r) for i, s in enumerate(STAGES) if (r := rows.one(table=kind, model=f"{arm} {s}", metric="bits_per_byte"))]
             band(axes, points, "new tokens" if arm == "new" else "control", colour)
         untrained = rows.one(table=kind, model="new a", metric="bits_per_byte")["value"] - base["value"]
         axes.axhline(untrained, color="#9aa5b1", lw=1, ls="--", label="untrained base")
         axes.set(title=title, ylabel="bits per byte")
-        axes.set_xticks(range(len(names)), ["before", "(a)", "(b)", "(c1)", "(c2)"])
+        stage_ticks(axes)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
 
@@ -264,12 +271,11 @@ def cosine_figure(rows: Rows, figure) -> None:
     if not rows.one(table="intrinsic", metric="anchors"):
         return  # terms without anchors
     figure.set_size_inches(7.6, 3)
-    names = ["init", "a", "b", "c1", "c2"]
     for axes, side in zip(figure.subplots(1, 2, sharey=True), ("input", "output")):
         for metric, label, colour in (("anchors", "anchors", "#c2410c"), ("negatives", "negative anchors", "#52606d")):
-            band(axes, [(i, rows.one(table="intrinsic", model=side, stage=s, metric=metric)) for i, s in enumerate(names)], label, colour)
+            band(axes, [(i, rows.one(table="intrinsic", model=side, stage=s, metric=metric)) for i, s in enumerate(STAGES)], label, colour)
         axes.set(title=f"{side} rows", ylabel="mean-centred cosine")
-        axes.set_xticks(range(len(names)), ["before", "(a)", "(b)", "(c1)", "(c2)"])
+        stage_ticks(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
 
