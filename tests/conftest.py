@@ -4,6 +4,7 @@ import os
 
 os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}  # no test asks a hub; before anything that reads it
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -73,6 +74,10 @@ def environment(root: Path) -> dict:
 def step(root: Path, name: str, *args: str, task: str = "task1_decoder") -> subprocess.CompletedProcess:
     """Run a script of a task in `root` with the smoke profile."""
     return forked.run(root, f"{task}/{name}.py", ["--profile", "smoke", *args], timeout=300)
+
+
+def result_rows(root: Path, run: str, name: str, task: str) -> list[dict]:
+    return json.loads((root / "results" / run / task / f"{name}.json").read_text())["rows"]
 
 
 def one_line(done: subprocess.CompletedProcess, *words: str) -> None:

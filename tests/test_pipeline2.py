@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from task2_encoder import pairs
-from tests.conftest import environment, one_line, step
+from tests.conftest import environment, one_line, result_rows, step
 
 TASK = "task2_encoder"
+run, rows_of = partial(step, task=TASK), partial(result_rows, task=TASK)
 VERBS = ["sort", "open", "close", "count", "print", "merge", "split", "parse", "draw", "send", "load", "store"]
 THINGS = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
 TRAIN = ["--set", "max_steps=12", "eval_every=3", "batch_size=8", "n_pool=24", "n_more=0", "n_dev=24"]
@@ -28,14 +30,6 @@ def own(repo, tiny_encoder_folder):
                      "positive": f"{thing if i % 2 else 'it'} {rng.random()} then {VERBS.index(verb)} {rng.random()}"})
     (repo / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return ["--model", str(tiny_encoder_folder), "--data", str(repo / "pairs.jsonl"), *TRAIN]
-
-
-def run(repo, name, *args):
-    return step(repo, name, *args, task=TASK)
-
-
-def rows_of(repo, run_name, name):
-    return json.loads((repo / "results" / run_name / TASK / f"{name}.json").read_text())["rows"]
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
-from tests.conftest import environment, one_line, step
+from tests.conftest import environment, one_line, result_rows, step
 
 TASK = "task3_tokenizer"
+run, rows_of = partial(step, task=TASK), partial(result_rows, task=TASK)
 WORDS = ["Zorbex", "flumquatish", "крипта"]
 TRAIN = ["--set", "texts_a=4", "texts_b=2", "texts_c1=2", "texts_c2=2", "batch_size=3", "least_texts=20", "least_held_out=4", "n_known=2"]
 HEAD = "term,anchors,negative_anchors,definition\n"
@@ -30,14 +32,6 @@ def own(repo, tiny_model_folder):
     (repo / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (repo / "mine.csv").write_text(HEAD + "Zorbex,river stone,paper,a thing\nflumquatish,,,\nкрипта,,,деньги\n")
     return ["--model", str(tiny_model_folder), "--data", str(repo / "texts.jsonl"), *TRAIN, f"terms={repo / 'mine.csv'}"]
-
-
-def run(repo, name, *args):
-    return step(repo, name, *args, task=TASK)
-
-
-def rows_of(repo, run_name, name):
-    return json.loads((repo / "results" / run_name / TASK / f"{name}.json").read_text())["rows"]
 
 
 @pytest.fixture(scope="module")
