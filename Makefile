@@ -5,15 +5,16 @@ MODEL ?=
 DATA ?=
 SET ?=
 TERMS ?=
-# four Russian terms make batches of four windows, too noisy for the rates of 03: at them the last stage diverged (loss 2.9 -> 4.2)
-TERM_KNOBS = $(if $(filter ru,$(TERMS)),lr_lora=5e-4 lr_rows_later=1e-3) $(if $(TERMS),terms=$(TERMS))
+NPROC ?= 1
 VENV := .venv
 # PY=python3 uses an interpreter that already has the packages; without it a venv is made and filled
 PY ?= $(VENV)/bin/python
-ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(SET)$(TERMS),--set $(TERM_KNOBS) $(SET))
+ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(SET)$(TERMS),--set $(if $(TERMS),terms=$(TERMS)) $(SET))
 R := results/$(RUN)
+# training on several GPUs of one host: tasks 1 and 2 (task 3's stages are too short to be worth it)
+SPREAD = -m torch.distributed.run --standalone --nproc_per_node $(NPROC) --
 steps = $(foreach step,01_data 02_baseline 03_train 04_eval,$(R)/$(1)/$(step).json)
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 # glibc would map and unmap every large tensor anew: keeping them took 6 % off the evaluation (measured); other systems ignore it
@@ -37,10 +38,10 @@ task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, cont
 
 task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (18 min on 2 cores)
 
-ablations: $(if $(TERMS),,task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice of tasks 2 and 3 was worth, a training per row (53 min on 2 cores)
+ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (75 min on 2 cores)
 
 $(R)/%.json: FORCE
-	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $*.py $(ARGS) ;; *) exit 2 ;; esac
+	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $(if $(filter-out 1,$(NPROC)),$(if $(filter task1_decoder/03_train task2_encoder/03_train,$*),$(SPREAD))) $*.py $(ARGS) ;; *) exit 2 ;; esac
 
 report: setup                  ## report.md and its figures from results/; trains nothing (2 s)
 	@$(PY) -m common.report
@@ -79,4 +80,4 @@ clean:                         ## deletes runs/ and the smoke results; committed
 
 help:                          ## this list (0 s)
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|embedded-minilm|folder|hub id  DATA=file|hub id  TERMS=found|ru|file (task3)  SET="knob=value ..."  PY=python3'
+	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|embedded-2b|embedded-minilm|folder|hub id  DATA=file|hub id  TERMS=found|ru|file (task3)  NPROC=GPUs  SET="knob=value ..."  PY=python3'

@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import PrinterCallback, ProgressCallback
 
 from common import models, results
-from task2_encoder import task, training
+from task2_encoder import training
 
 
 def stock(cfg, rows: list[dict], steps: int, folder) -> float:
@@ -52,7 +52,7 @@ def main(steps: int) -> None:
     folder = results.ROOT / "runs" / "cpu" / "task2_encoder"
     if not (folder / "train.jsonl").exists():
         raise SystemExit(f"{results.shown(folder / 'train.jsonl')} is missing: make task2")
-    rows, dev = task.read_rows(folder / "train.jsonl"), task.read_rows(folder / "dev.jsonl")[:20]
+    rows, dev = results.read_rows(folder / "train.jsonl"), results.read_rows(folder / "dev.jsonl")[:20]
     config = json.loads((results.ROOT / "results" / "cpu" / "task2_encoder" / "03_train.json").read_text())["config"]
     cfg = SimpleNamespace(**config | {"max_steps": steps, "eval_every": steps, "log_every": steps, "warmup_steps": 1})
     seconds = {"sentence-transformers": [], "task 2": []}

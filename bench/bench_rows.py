@@ -18,7 +18,7 @@ from common import models, results  # models before anything that loads bitsandb
 from peft import TrainableTokensConfig, get_peft_model
 from transformers import Trainer
 
-from task3_tokenizer import embeddings, task, training, vocabulary
+from task3_tokenizer import embeddings, task, training
 
 
 def once(cfg, source, tokenizer, ids, rows, batch, peer: bool) -> dict:
@@ -30,11 +30,8 @@ def once(cfg, source, tokenizer, ids, rows, batch, peer: bool) -> dict:
             parameter.data = parameter.data.float()
     else:
         rows_of, _ = embeddings.train_rows(model, ids)
-    kept, training.WindowTrainer = training.WindowTrainer, Trainer if peer else training.WindowTrainer
-    try:
-        return training.fit(cfg, model, tokenizer, [(rows_of, cfg.lr_rows)], rows, batch, "bench", lambda **values: None)
-    finally:
-        training.WindowTrainer = kept
+    return training.fit(cfg, model, tokenizer, [(rows_of, cfg.lr_rows)], rows, batch, "bench", lambda **values: None,
+                        Trainer if peer else training.WindowTrainer)
 
 
 def main(steps: int) -> None:
@@ -42,15 +39,12 @@ def main(steps: int) -> None:
     if not (folder / "new" / "init" / "stage.json").exists():
         raise SystemExit(f"{results.shown(folder / 'new' / 'init')} is missing: make task3")
     cfg = SimpleNamespace(**json.loads((results.ROOT / "results/cpu/task3_tokenizer/03_train.json").read_text())["config"] | {"log_every": 1})
-    old = models.load_tokenizer(cfg.model)
-    terms = [row["term"] for row in json.loads((folder / "terms.json").read_text())["terms"]]
-    new, added = vocabulary.extend(old, terms)
-    ids = sorted(embeddings.spell(added, old.get_vocab()))
-    rows = training.in_turn(task.read_rows(folder / "train.jsonl"), 10, 0, cfg.batch_size)[:steps * cfg.batch_size]
+    lexicon = task.lexicon(cfg.model, folder / "terms.json")
+    rows = training.in_turn(results.read_rows(folder / "train.jsonl"), 0, cfg.batch_size, 10)[:steps * cfg.batch_size]
     found: dict[str, list[dict]] = {"PEFT": [], "ours": []}
     for turn in range(2):
         for name in found:
-            facts = once(cfg, folder / "new" / "init", new, ids, rows, cfg.batch_size, name == "PEFT")
+            facts = once(cfg, folder / "new" / "init", lexicon.new, sorted(lexicon.splits), rows, cfg.batch_size, name == "PEFT")
             if turn:  # the first turn warms up
                 found[name].append(facts)
     speed = {name: sum(f["tokens"] for f in facts) / sum(f["seconds"] for f in facts) for name, facts in found.items()}

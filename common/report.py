@@ -88,6 +88,10 @@ def p_value(p) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def millions(parameters) -> str:
+    return "–" if parameters is None else f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.0f} M"
+
+
 def interval(row) -> str:
     if row is None:
         return "–"
@@ -144,14 +148,17 @@ def overview(found: Found) -> str:
     body = []
     for (run, task, step), result in found.items():
         if step == "04_eval":
+            sizes = Rows(found.get((run, task, "02_baseline"))).one(table="size", metric="parameters") or {"value": None}
             costs = [found[run, task, s]["cost"] for s in STEPS if (run, task, s) in found]
             minutes = sum(c["seconds"] for c in costs) / 60
             peak = max(c["peak_memory_bytes"] for c in costs) / 2**30
             for base, tuned, delta in headline(result):
                 name = f"{delta['metric']} ({'lower' if delta['metric'].split(',')[0] in LOWER else 'higher'} is better)"
-                body.append([task, run, result["config"]["model"], name, number(base["value"]), number(tuned["value"]), interval(delta),
-                             p_value(delta["p"]), delta["n"], delta["verdict"], number(minutes, 1), number(peak, 1)])
-    return table(["task", "run", "model", "metric", "base", "tuned", "delta [95 %]", "p", "n", "verdict", "minutes", "peak GiB"], body)
+                body.append([task, run, result["config"]["model"], millions(sizes["value"]), result["env"]["device"], name,
+                             number(base["value"]), number(tuned["value"]), interval(delta), p_value(delta["p"]), delta["n"], delta["verdict"],
+                             number(minutes, 1), number(peak, 1)])
+    head = ["task", "run", "model", "parameters", "device", "metric", "base", "tuned", "delta [95 %]", "p", "n", "verdict", "minutes", "peak GiB"]
+    return table(head, body)
 
 
 def provenance(found: Found) -> str:
@@ -179,6 +186,21 @@ def shown(found: Found, task: str, step: str) -> Rows | None:
     """Rows of a step in the run that the task's section shows; None if no run got that far."""
     run = main_run(found, task)
     return Rows(found.get((run, task, step))) if run else None
+
+
+def each_run(task: str, step: str, block) -> str:
+    """A block for the run a section shows and, folded, for every run of the gpu profile that has `step`."""
+    def whole(found: Found) -> str:
+        main, parts = main_run(found, task), []
+        for run in dict.fromkeys(r for r, t, s in found if (t, s) == (task, step)):
+            result = found[run, task, step]
+            own = {key: value for key, value in found.items() if key[0] == run}
+            if run == main:
+                parts.insert(0, block(own))
+            elif result["profile"] == "gpu":
+                parts.append(fold(f"Run <code>{run}</code>: {result['config']['model']}, {result['env']['device']}", block(own)))
+        return "\n\n".join(parts) or block(found)
+    return whole
 
 
 def cost(found: Found, task: str, title: str) -> str:

@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUMBING = {"common/results.py", "common/report.py", "common/__init__.py"}  # rendering and storing never change a number
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only the first process prints and writes results
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "sentence-transformers",
             "tokenizers", "numpy", "scipy", "scikit-learn")
 
@@ -84,6 +86,12 @@ def read(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err:
         raise SystemExit(f"{shown(path)} is cut short or not JSON ({err}): delete it, then {command(path)}") from None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file, in order."""
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
 
 
 def command(path: Path) -> str:
@@ -283,6 +291,8 @@ def start(main, config_class, *profiles: dict) -> None:
     module = sys.modules[main.__module__]
     script = Path(module.__file__).resolve()
     args = parse_arguments(sys.argv[1:], script, module.__doc__)
+    if not MAIN_PROCESS:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         print(f"{script.parent.name}/{script.stem} profile={args.profile} run={args.run}", flush=True)
         if not sys.stderr.isatty():
@@ -319,8 +329,10 @@ def environment() -> dict:
         f"{cpu.group(1) if cpu else platform.processor()}, {os.cpu_count()} cores"
 
     def git(*words):
+        if not shutil.which("git"):
+            return ""
         return subprocess.run(["git", "-C", str(ROOT), *words], check=False, capture_output=True, text=True).stdout.strip()
-    env["commit"] = git("rev-parse", "--short=12", "HEAD") or None
+    env["commit"] = git("rev-parse", "--short=12", "HEAD") or os.environ.get("GIT_COMMIT")  # a copy without .git can be told
     env["dirty"] = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!report.md"))
     return env
 

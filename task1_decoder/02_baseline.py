@@ -36,7 +36,7 @@ def main(run):
     run.log(**{k: v / 1e6 for k, v in sizes.items()}, unit="million")
 
     measured = task.measure(model, tokenizer, run)
-    test = task.read_rows(run.artifact("01_data", "test.jsonl"))[:cfg.n_few_shot or None]
+    test = results.read_rows(run.artifact("01_data", "test.jsonl"))[:cfg.n_few_shot or None]
     few_shot = task.score(model, tokenizer, test, cfg, task.trained_texts(run), task.SHOTS)
     run.log(measured="3-shot", nll_per_token=sum(i["nats"] for i in few_shot) / sum(i["tokens"] for i in few_shot))
 

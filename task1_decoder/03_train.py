@@ -1,25 +1,12 @@
 """Question: what do 4-bit weights and a few million LoRA parameters learn in minutes?
 
 Reads   runs/<run>/task1_decoder/{train,dev}.jsonl of 01
-Writes  results/<run>/task1_decoder/03_train.json, runs/<run>/task1_decoder/{adapter/,log.jsonl,checkpoints/}
+Writes  results/<run>/task1_decoder/03_train.json, runs/<run>/task1_decoder/{adapter/,checkpoints/}
 Needs   about 4.5 min and 3 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the last checkpoint
 """
 
-import json
-import random
 import shutil
-import sys
-import time
 from dataclasses import dataclass
-
-from common import models  # before anything that loads bitsandbytes: it keeps that quiet
-
-# isort: split
-
-import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
 from common import results
 from task1_decoder import task, training
@@ -58,7 +45,7 @@ class Config(task.Config):
     schedule: str = "cosine"
     # About 5 % of the steps: B starts at zero and Adam's second moment at nothing, so the first steps are the least trustworthy.
     warmup_steps: int = 4
-    # Norms run at 0.9-2.0 here (log.jsonl), so 1.0, the library's default, trims most steps a little and caps the outliers. The paper's
+    # Norms run at 0.9-2.0 here, so 1.0, the library's default, trims most steps a little and caps the outliers. The paper's
     # 0.3 would leave only the direction; untuned.
     max_grad_norm: float = 1.0
     # The adapter starts as no change and sees no row twice: nothing to shrink.
@@ -66,6 +53,10 @@ class Config(task.Config):
     # The state is 2 x 4 bytes x 4.9M = 39 MB: nothing to page out, and 8 bits would save 29 MB. Fused took 16 ms of a 2.4 s step, plain
     # 30 ms (measured, 2 cores). paged_adamw_8bit is for full fine-tuning.
     optimizer: str = "adamw_torch_fused"
+
+    # Compute activations again in the backward pass instead of keeping them: a third more arithmetic for a fraction of their memory. Off
+    # while they fit; make ablations PROFILE=gpu measures both. Turn it on first when memory runs out.
+    gradient_checkpointing: bool = False
 
     # -- watching it --
     # Steps between dev losses; each costs 6 s on 2 cores. Checkpoints are written at the same steps.
@@ -88,82 +79,33 @@ PROFILES = {
     ),
     "cpu": dict(),
     "gpu": dict(
-        max_steps=1000,  # two epochs of 16,500 rows at 32 a step
+        max_steps=500,  # one epoch of 16,500 rows at 32 a step; three seeds of it say more than one seed of three
         batch_size=32,  # keeps a big GPU busy; gradients less noisy
-        learning_rate=5e-4,  # larger models want less; untuned
-        warmup_steps=50,  # 5 %
-        eval_every=100,  # ten readings
-        log_every=20,  # fifty lines
+        learning_rate=5e-4,  # larger models want less: 2.669 from 5.127 in 120 steps in a first trial of this size; untuned otherwise
+        warmup_steps=25,  # 5 %
+        eval_every=100,  # five readings
+        log_every=10,  # fifty lines
     ),
 }
 
 
 def main(run):
-    cfg = run.cfg
-    data = run.load("01_data")
-    tokenizer = models.load_tokenizer(cfg.model)
-    pool, dev = (task.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev"))
-    prompt = task.Prompt(tokenizer, cfg, style=dev[0].get("style", "chat"))
-    dev = [task.encode(prompt, row, cfg) for row in dev]
-    drawn = random.Random(cfg.seed).sample(pool, min(len(pool), cfg.max_steps * cfg.batch_size))
-    train = training.schedule_rows([task.encode(prompt, row, cfg) for row in drawn], cfg)
-
-    transformers.set_seed(cfg.seed)  # before get_peft_model: the Trainer seeds too late for the initial adapter
-    model = models.load_decoder(cfg.model, cfg.precision, cfg.double_quant)
-    model.config.use_cache = False
-    longest = task.collate(sorted(train, key=lambda e: -e["length"])[:cfg.batch_size], tokenizer.pad_token_id)
-    predicted = task.training_memory(model, cfg.lora_r, *longest["input_ids"].shape, longest["logits_to_keep"])
-    # the adapter stays in fp32 (PEFT's default): bf16 weights would lose small updates, and were no faster (4.5 s a step of 16, both)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, bias="none",
-                                             lora_dropout=cfg.lora_dropout, target_modules=cfg.target_modules))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run.log(trainable=trainable, rows=len(drawn), predicted_MiB=predicted["total"] // 2**20)
-
-    checkpoints, resume = training.open_checkpoints(run, data)
-    log = run.folder / "log.jsonl"
-    done = int(resume.rsplit("-", 1)[1]) if resume else -1  # lines after the checkpoint will be written again
-    results.write_atomic(log, "".join(json.dumps(h) + "\n" for h in task.read_rows(log) if h["step"] <= done) if log.exists() else "")
-    trainer = training.DevTrainer(
-        model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=dev,
-        data_collator=lambda examples: task.collate(examples, tokenizer.pad_token_id),
-        callbacks=[training.Log(run, log), EarlyStoppingCallback(cfg.patience)],
-        args=TrainingArguments(
-            output_dir=str(checkpoints), per_device_train_batch_size=cfg.batch_size, per_device_eval_batch_size=cfg.eval_batch_size,
-            train_sampling_strategy="sequential", max_steps=cfg.max_steps, learning_rate=cfg.learning_rate,
-            lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm,
-            weight_decay=cfg.weight_decay, optim=cfg.optimizer, bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed,
-            eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
-            load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-            logging_steps=cfg.log_every, disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False,
-            label_names=["labels"], report_to="none"))
-    trainer.remove_callback(PrinterCallback)
-    started, resident = time.time(), results.peak_memory()
-    trainer.train(resume_from_checkpoint=resume)
-    seconds = time.time() - started
-
-    adapter = run.folder / "adapter"
+    cfg, data = run.cfg, run.load("01_data")
+    pool, dev = (results.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev"))
+    checkpoints, adapter = run.folder / "checkpoints", run.folder / "adapter"
+    model, facts, history = training.train(cfg, pool, dev, checkpoints, [results.result_hash(data)], run.log)
+    if not results.MAIN_PROCESS:
+        return
     shutil.rmtree(adapter, ignore_errors=True)
     model.save_pretrained(adapter)
-    history = task.read_rows(log)
-    dev_losses = [h["eval_loss"] for h in history if "eval_loss" in h]
-    batches = [train[i:i + cfg.batch_size] for i in range(0, len(train), cfg.batch_size)]
-    tokens = sum(e["length"] for e in train)
-    facts = {
-        "trainable_parameters": trainable, "trained_rows": len(train), "epochs": len(train) / len(drawn), "trained_tokens": tokens,
-        "label_tokens": sum(label != -100 for e in train for label in e["labels"]),
-        "padding_share": 1 - tokens / sum(len(b) * max(e["length"] for e in b) for b in batches),
-        "dev_nll_before": dev_losses[0], "dev_nll_best": min(dev_losses), "steps": history[-1]["step"],
-        "adapter_norm": torch.stack([p.detach().norm() for n, p in model.named_parameters() if "lora_B" in n]).norm().item(),
-        "adapter_file_bytes": (adapter / "adapter_model.safetensors").stat().st_size, "peak_bytes_before_training": resident,
-        "measured_peak_bytes": results.peak_memory(),
-        **{f"predicted_{name}_bytes": value for name, value in predicted.items()},
-        "reload_max_logit_difference": training.check_reload(cfg, model, adapter, task.collate(dev[:4], tokenizer.pad_token_id))}
+    facts |= {"adapter_file_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
+              "reload_max_logit_difference": training.check_reload(cfg, model, adapter, dev[:4])}
     rows = [{"table": "curve", "model": "tuned", "metric": m, "step": h["step"], "value": h[m]}
             for h in history for m in ("loss", "eval_loss") if m in h]
     rows += [{"table": "training", "model": "tuned", "metric": name, "value": value} for name, value in facts.items()]
-    run.save(rows, artifacts=["adapter"], tokens_per_second=None if resume else tokens / seconds)
+    run.save(rows, artifacts=["adapter"], tokens_per_second=facts["tokens_per_second"])
     shutil.rmtree(checkpoints)
-    run.log(dev_nll_before=dev_losses[0], dev_nll_best=min(dev_losses), steps=history[-1]["step"])
+    run.log(dev_nll_before=facts["dev_nll_before"], dev_nll_best=facts["dev_nll_best"], steps=facts["steps"])
 
 
 if __name__ == "__main__":

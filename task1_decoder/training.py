@@ -1,19 +1,19 @@
-"""What 03_train.py needs around the library's Trainer: the order of rows, the dev loss, the log, resuming, the reload check."""
+"""What 03_train.py and ablations.py share: the order of rows, the dev loss, the library's Trainer around them, the reload check."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-import shutil
-from dataclasses import asdict
+import statistics
+import sys
+import time
+from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from common import models, results
+from common import models, results, trainer
 from task1_decoder import task
 
 
@@ -47,39 +47,92 @@ class DevTrainer(Trainer):
         return metrics
 
 
-class Log(TrainerCallback):
-    """One key=value line on the screen and one JSON line in log.jsonl per logging step."""
+class Clock(TrainerCallback):
+    """Seconds of every step; the library reads the loss after each, so the accelerator has caught up."""
 
-    def __init__(self, run, path):
-        self.run, self.path = run, path
+    def __init__(self):
+        self.seconds = []
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        kept = {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
-        if kept:
-            self.run.log(step=f"{state.global_step}/{state.max_steps}", **kept)
-            with self.path.open("a") as stream:
-                stream.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
 
-
-def open_checkpoints(run, data):
-    """(folder, last checkpoint or None). Checkpoints of other knobs or other data are removed: resuming would mix two runs."""
-    folder = run.folder / "checkpoints"
-    identity = hashlib.sha256(json.dumps([asdict(run.cfg), results.result_hash(data)]).encode()).hexdigest()
-    stored = folder / "identity"
-    if folder.exists() and not (stored.exists() and stored.read_text() == identity):
-        shutil.rmtree(folder)
-    folder.mkdir(exist_ok=True)
-    stored.write_text(identity)
-    for checkpoint in folder.glob("checkpoint-*"):  # the library writes in place, its state last: cut short, the process died meanwhile
-        state = checkpoint / "trainer_state.json"
-        if not (state.exists() and state.read_text().rstrip().endswith("}")):
-            shutil.rmtree(checkpoint)
-    return folder, get_last_checkpoint(str(folder))
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.began)
 
 
-def check_reload(cfg, model, adapter, batch):
-    """Largest logit difference between the model in memory and base + adapter from disk; must be 0. A saved thing nobody
-    reloaded is not saved."""
+def train(cfg, pool: list[dict], dev: list[dict], checkpoints: Path, identity: list, log):
+    """Train an adapter on rows of `pool` and keep the one with the best dev loss. Returns (model with it, facts, history).
+
+    `cfg` has the knobs of 03_train.py. The same call goes on from the last checkpoint unless `identity` or the knobs changed; the caller
+    removes `checkpoints` when what it wants is saved. Under torchrun the rows of a step are dealt to the processes, in order, so the
+    global batches are those of one process.
+    """
+    tokenizer = models.load_tokenizer(cfg.model)
+    prompt = task.Prompt(tokenizer, cfg, style=dev[0].get("style", "chat"))
+    dev = [task.encode(prompt, row, cfg) for row in dev]
+    drawn = random.Random(cfg.seed).sample(pool, min(len(pool), cfg.max_steps * cfg.batch_size))
+    rows = schedule_rows([task.encode(prompt, row, cfg) for row in drawn], cfg)
+
+    if models.device().type == "cuda":
+        torch.cuda.set_device(models.device())  # bitsandbytes computes on the current one
+    transformers.set_seed(cfg.seed)  # before get_peft_model: the Trainer seeds too late for the initial adapter
+    model = models.load_decoder(cfg.model, cfg.precision, cfg.double_quant)
+    model.config.use_cache = False
+    longest = task.collate(sorted(rows, key=lambda e: -e["length"])[:trainer.share(cfg.batch_size)], tokenizer.pad_token_id)
+    predicted = task.training_memory(model, cfg.lora_r, *longest["input_ids"].shape, longest["logits_to_keep"], cfg.gradient_checkpointing)
+    # the adapter stays in fp32 (PEFT's default): bf16 weights would lose small updates, and were no faster (4.5 s a step of 16, both)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, bias="none",
+                                             lora_dropout=cfg.lora_dropout, target_modules=cfg.target_modules))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log(trainable=trainable, rows=len(drawn), predicted_MiB=predicted["total"] // 2**20)
+
+    resume, readings = trainer.open_checkpoints(checkpoints, [vars(cfg), identity])
+    clock = Clock()
+    args = TrainingArguments(
+        output_dir=str(checkpoints), per_device_train_batch_size=trainer.share(cfg.batch_size), per_device_eval_batch_size=cfg.eval_batch_size,
+        train_sampling_strategy="sequential", max_steps=cfg.max_steps, learning_rate=cfg.learning_rate,
+        lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm,
+        weight_decay=cfg.weight_decay, optim=cfg.optimizer, bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed,
+        gradient_checkpointing=cfg.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, ddp_find_unused_parameters=False,
+        logging_steps=cfg.log_every, disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False,
+        label_names=["labels"], report_to="none")
+    args._n_gpu = min(args.n_gpu, 1)  # else one process on a host of several GPUs is spread over them by DataParallel
+    loop = DevTrainer(
+        model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=dev,
+        data_collator=lambda examples: task.collate(examples, tokenizer.pad_token_id),
+        callbacks=[trainer.Log(log, ("loss", "eval_loss", "learning_rate", "grad_norm"), readings), EarlyStoppingCallback(cfg.patience), clock],
+        args=args)
+    loop.remove_callback(PrinterCallback)
+    started, resident = time.time(), results.peak_memory()
+    loop.train(resume_from_checkpoint=resume)
+    seconds = time.time() - started
+    trainer.finish()
+
+    history = results.read_rows(readings)
+    losses = [h["eval_loss"] for h in history if "eval_loss" in h]
+    batches = [rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]
+    tokens = sum(e["length"] for e in rows)
+    facts = {
+        "trainable_parameters": trainable, "trained_rows": len(rows), "epochs": len(rows) / len(drawn), "trained_tokens": tokens,
+        "label_tokens": sum(label != -100 for e in rows for label in e["labels"]),
+        "padding_share": 1 - tokens / sum(len(b) * max(e["length"] for e in b) for b in batches),
+        "dev_nll_before": losses[0], "dev_nll_best": min(losses), "steps": history[-1]["step"], "processes": trainer.PROCESSES,
+        "adapter_norm": torch.stack([p.detach().norm() for n, p in model.named_parameters() if "lora_B" in n]).norm().item(),
+        "peak_bytes_before_training": resident, "measured_peak_bytes": results.peak_memory(),
+        **{f"predicted_{name}_bytes": value for name, value in predicted.items()},
+        "training_seconds": seconds, "tokens_per_second": None if resume else tokens / seconds,
+        "median_step_seconds": statistics.median(clock.seconds)}
+    return model.eval(), facts, history
+
+
+def check_reload(cfg, model, adapter: Path, rows: list[dict]) -> float:
+    """Largest logit difference, on some rows, between the model in memory and base + adapter from disk; must be 0, SystemExit if not. A
+    saved thing nobody reloaded is not saved."""
+    tokenizer = models.load_tokenizer(cfg.model)
+    prompt = task.Prompt(tokenizer, cfg, style=rows[0].get("style", "chat"))
+    batch = task.collate([task.encode(prompt, row, cfg) for row in rows], tokenizer.pad_token_id)
     inputs = {k: v.to(model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
     fresh = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision, cfg.double_quant), adapter).eval()
     with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16):

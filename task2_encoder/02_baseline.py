@@ -27,7 +27,7 @@ PROFILES = {"smoke": dict(), "cpu": dict(), "gpu": dict()}
 def main(run):
     cfg = run.cfg
     run.load("01_data")
-    test = task.read_rows(run.artifact("01_data", "test.jsonl"))
+    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     pools = {"pool": task.pool(test), "full": task.full(test)}
     items = {"random": {name: task.evaluate(pool, hits=task.at_random(pool, cfg.seed)) for name, pool in pools.items()},
              "BM25": {name: task.evaluate(pool, hits=task.bm25(pool)) for name, pool in pools.items()}}
@@ -42,7 +42,7 @@ def main(run):
     rows = [{"table": "size", "model": "base", "metric": k, "value": v} for k, v in
             {"parameters": size["parameters"], "bytes_4bit": size["bytes"], "bytes_fp32": models.size(model)["bytes"]}.items()]
     for model_name, tables in items.items():
-        rows += task.rows_of(tables, model_name, test)
+        rows += task.rows_of(tables, model_name, test, cfg.n_general)
     results.write_atomic(run.folder / "items_base.json", json.dumps(items))
     save_file(vectors["document"], run.folder / "vectors_base.safetensors")
     run.save(rows, artifacts=["items_base.json", "vectors_base.safetensors"])

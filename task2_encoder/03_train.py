@@ -3,12 +3,16 @@
 Reads   runs/<run>/task2_encoder/{train,dev}.jsonl of 01
 Writes  results/<run>/task2_encoder/03_train.json, runs/<run>/task2_encoder/{adapter/,merged/,checkpoints/}
 Needs   about 2 min and 4 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the last checkpoint
+
+On N GPUs, `torchrun --nproc_per_node N --` in place of `python` deals every batch out to N processes and trains the same: without bf16
+the losses of one and two processes agree to 1e-6 (measured on CPUs), with it to 0.003.
 """
 
 import shutil
 from dataclasses import dataclass
 
 from common import results
+from common import trainer as trainer_common
 from task2_encoder import task, training
 
 
@@ -90,8 +94,11 @@ PROFILES = {
 def main(run):
     cfg = run.cfg
     data = run.load("01_data")
-    rows, dev = (task.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
+    rows, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
     model, facts, history = training.train(cfg, rows, dev, run.folder / "checkpoints", results.result_hash(data), run.log)
+    trainer_common.finish()
+    if not results.MAIN_PROCESS:
+        return  # all have the same weights: the first saves them
     facts |= training.save(model, cfg, run.folder, [row["positive"] for row in dev[:64]])
     shutil.rmtree(run.folder / "checkpoints")
     table = [{"table": "curve", "model": "tuned", "metric": m, "step": h["step"], "value": h[m]}

@@ -98,7 +98,7 @@ def main(run):
     cfg = run.cfg
     for step in ("01_data", "02_baseline", "03_train"):
         run.load(step)
-    test = task.read_rows(run.artifact("01_data", "test.jsonl"))
+    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     before, adapter = stored["NF4 base"], run.artifact("03_train", "adapter")
     model = training.load_adapter(adapter, cfg.model, "nf4", cfg.double_quant, cfg.max_tokens)
@@ -106,7 +106,7 @@ def main(run):
     asked = task.pool(test)
     del model
 
-    rows = task.rows_of(before, "base", test) + task.rows_of(after, "tuned", test)
+    rows = task.rows_of(before, "base", test, cfg.n_general) + task.rows_of(after, "tuned", test, cfg.n_general)
     for name in ("pool", "full", "masked", "general"):
         if name in after:
             rows += task.delta_rows(name, before[name], after[name])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from common import results
+from common import trainer as trainer_common
 from task2_encoder import task, training
 
 
@@ -36,13 +37,13 @@ PROFILES = {
 ROWS = {
     "shuffled pairs": ("qlora", {}),  # the control: every anchor with the positive of another row of its package
     "LoRA on the fp32 base": ("lora", {}),
-    "full fine-tune, lr 1e-4": ("full", {"learning_rate": 1e-4}),  # a tenth of LoRA's; 2e-5 is usual for longer runs
+    "full fine-tune, lr 1e-4": ("full", {"learning_rate": 1e-4}),  # a tenth of LoRA's on a CPU, a fifth on a GPU; 2e-5 is usual for longer runs
     "batches across packages": ("qlora", {"same_package": False}),
     "rank 4": ("qlora", {"lora_r": 4, "lora_alpha": 8}),
     "lr 1e-4": ("qlora", {"learning_rate": 1e-4}),
     "lr 2e-4": ("qlora", {"learning_rate": 2e-4}),
-    "lr 5e-4": ("qlora", {"learning_rate": 5e-4}),
-    "lr 1e-3": ("qlora", {"learning_rate": 1e-3}),  # as in 03 on a CPU, and then not trained again
+    "lr 5e-4": ("qlora", {"learning_rate": 5e-4}),  # as in 03 on a GPU, and then not trained again
+    "lr 1e-3": ("qlora", {"learning_rate": 1e-3}),  # as in 03 on a CPU, likewise
     "half the batch, twice the steps": ("qlora", {"batch_size": 0.5, "max_steps": 2, "eval_every": 2, "warmup_steps": 2}),
     "seed 1": ("qlora", {"seed": 1}),
     "seed 2": ("qlora", {"seed": 2}),
@@ -73,12 +74,14 @@ def train_row(run, name, config, data_hash, rows, dev, test):
 
 
 def main(run):
+    if trainer_common.PROCESSES > 1:  # a row is one training and one evaluation after the other, and its cache has one writer
+        raise SystemExit(f"ablations take one process, not {trainer_common.PROCESSES}: start them without torchrun")
     data, trained = run.load("01_data"), run.load("03_train")
     run.load("04_eval")
     names = [n.strip() for n in run.cfg.only.split(";")] if run.cfg.only else list(ROWS)
     if unknown := [n for n in names if n not in ROWS]:
         raise SystemExit(f"only={run.cfg.only!r}: no row {unknown[0]!r}; rows: {'; '.join(ROWS)}")
-    rows, dev, test = (task.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
+    rows, dev, test = (results.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
     base = json.loads(run.artifact("02_baseline", "items_base.json").read_text())["NF4 base"]["pool"]
     tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["pool"]
     facts = {r["metric"]: r["value"] for r in trained["rows"] if r["table"] == "training"}

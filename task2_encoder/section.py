@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.report import Found, Rows, choices, code, cost, draw, fold, interval, main_run, number, p_value, shown, table
+from common.report import Found, Rows, choices, code, cost, draw, each_run, fold, interval, main_run, number, p_value, shown, table
 
 TASK = "task2_encoder"
 HEAD = ["what", "documents", "metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "n", "won / same / lost", "verdict"]
@@ -106,8 +106,9 @@ def ablations(found: Found) -> str:
     return table(head, body)
 
 
-BLOCKS = {"task2/data": data, "task2/choices": lambda found: choices(found, TASK), "task2/results": results_block,
-          "task2/errors": errors, "task2/ablations": ablations, "task2/cost": lambda found: cost(found, TASK, "All facts of the training")}
+BLOCKS = {"task2/data": data, "task2/choices": lambda found: choices(found, TASK), "task2/results": each_run(TASK, "04_eval", results_block),
+          "task2/errors": each_run(TASK, "04_eval", errors), "task2/ablations": each_run(TASK, "ablations", ablations),
+          "task2/cost": each_run(TASK, "04_eval", lambda found: cost(found, TASK, "All facts of the training"))}
 
 
 def curve_figure(rows: Rows, figure) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import shutil
 import sys
@@ -18,10 +16,10 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.util import cos_sim
-from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback
 
 from common import models, results
+from common import trainer as trainer_common
 from task2_encoder import task
 
 # anchor -> positives and positive -> anchors, a softmax each, averaged
@@ -68,6 +66,12 @@ def cut_by_group(order: list[int], rows: list[dict], size: int) -> list[list[int
         batches.append(batch)
         order = waiting
     return batches
+
+
+def dealt(batches: list[list[int]]) -> list[list[int]]:
+    """Every batch cut into a piece for each process, in order: accelerate gives piece i to process i % PROCESSES."""
+    size = trainer_common.share(len(batches[0]))
+    return [batch[i:i + size] for batch in batches for i in range(0, len(batch), size)]
 
 
 class Scheduled(DefaultBatchSampler):
@@ -202,18 +206,20 @@ class Trainer(SentenceTransformerTrainer):
         super().__init__(*args, evaluator=task.Evaluator(self.dev), **kwargs)
 
     def get_batch_sampler(self, dataset, **kwargs):
-        return Scheduled(self.batches)
+        return Scheduled(dealt(self.batches))
 
     def add_model_card_callback(self, default_args_dict):
         pass  # its statistics of the data take longer than some runs
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The same by every process, on the model inside DistributedDataParallel; the first one saves."""
         cast_inputs(self.model, True)
         vectors = task.embed_task(self.model.eval(), self.dev, self.cfg.eval_batch_size)
         cast_inputs(self.model.train(), False)
         metrics = {"eval_mrr@10": self.evaluator.compute_all_metrics(vectors)["cosine"]["mrr@k"][10]}
         looks = [h["eval_mrr@10"] for h in self.state.log_history if "eval_mrr@10" in h and h["step"]]
-        if self.state.global_step and metrics["eval_mrr@10"] > max(looks, default=-1):  # never step 0: a training that harms must show
+        better = self.state.global_step and metrics["eval_mrr@10"] > max(looks, default=-1)  # never step 0: a training that harms must show
+        if better and self.is_world_process_zero():
             save_file(trained_state(self.model), self.best)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -225,20 +231,6 @@ class Trainer(SentenceTransformerTrainer):
 
     def _load_from_checkpoint(self, checkpoint_path):
         set_trained_state(self.model, load_file(Path(checkpoint_path) / "trained.safetensors"))
-
-
-class Log(TrainerCallback):
-    """One key=value line on the screen and one JSON line in log.jsonl per logging step."""
-
-    def __init__(self, log, path):
-        self.log, self.path = log, path
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        kept = {k: logs[k] for k in ("loss", "eval_mrr@10", "learning_rate", "grad_norm") if k in logs}
-        if kept:
-            self.log(step=f"{state.global_step}/{state.max_steps}", **kept)
-            with self.path.open("a") as stream:
-                stream.write(json.dumps({"step": state.global_step, **kept}) + "\n")
 
 
 def shuffled(rows: list[dict], seed: int) -> list[dict]:
@@ -260,10 +252,12 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
     or data (`data_hash`) changed; the caller removes `checkpoints` when what it wants is saved. SystemExit if there are fewer groups
     than rows in a batch.
     """
-    groups = len({row["group"] for row in rows})
+    per_process, groups = trainer_common.share(cfg.batch_size), len({row["group"] for row in rows})
     if groups < cfg.batch_size:
         raise SystemExit(f"{groups} different groups to train on, a batch of {cfg.batch_size} rows needs as many: "
                          f"SET=batch_size={max(2, groups // 2)}")
+    if models.device().type == "cuda":
+        torch.cuda.set_device(models.device())  # bitsandbytes quantises on the current one
     model = prepare(cfg, method)
     ids = [model.tokenizer([r[side] for r in rows], truncation=True, max_length=cfg.max_tokens).input_ids for side in ("anchor", "positive")]
     for row, *both in zip(rows, *ids):
@@ -272,21 +266,22 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(method=method, trainable=trainable, rows=len(rows), steps=len(batches))
 
-    resume = open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
-    history = checkpoints / "log.jsonl"
-    done = int(resume.rsplit("-", 1)[1]) if resume else -1  # lines after the checkpoint will be written again
-    results.write_atomic(history, "".join(json.dumps(h) + "\n" for h in task.read_rows(history) if h["step"] <= done) if resume else "")
+    resume, history = trainer_common.open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(checkpoints), per_device_train_batch_size=per_process, max_steps=cfg.max_steps,
+        learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm,
+        weight_decay=cfg.weight_decay, optim=cfg.optimizer, bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed,
+        eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
+        prompts={side: model.prompts[n] for side, n in (("anchor", "query"), ("positive", "document")) if model.prompts.get(n)} or None,
+        ddp_find_unused_parameters=False,  # all that is trained has a gradient at every step
+        logging_steps=cfg.log_every, disable_tqdm=not sys.stderr.isatty(), report_to="none")
+    args._n_gpu = min(args.n_gpu, 1)  # else one process on a host of several GPUs is spread over them by DataParallel
     trainer = Trainer(
-        model=model, loss=MultipleNegativesRankingLoss(model, scale=cfg.scale, similarity_fct=cos_sim_fp32, **SYMMETRIC),
-        train_dataset=Dataset.from_dict({side: [r[side] for r in rows] for side in ("anchor", "positive")}),
-        batches=batches, dev=dev, cfg=cfg, best=checkpoints / "best.safetensors", callbacks=[Log(log, history)],
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(checkpoints), per_device_train_batch_size=cfg.batch_size, max_steps=cfg.max_steps, learning_rate=cfg.learning_rate,
-            lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay,
-            optim=cfg.optimizer, bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed, eval_strategy="steps",
-            eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
-            prompts={side: model.prompts[n] for side, n in (("anchor", "query"), ("positive", "document")) if model.prompts.get(n)} or None,
-            logging_steps=cfg.log_every, disable_tqdm=not sys.stderr.isatty(), report_to="none"))
+        model=model, loss=MultipleNegativesRankingLoss(model, scale=cfg.scale, similarity_fct=cos_sim_fp32, **SYMMETRIC,
+                                                       gather_across_devices=trainer_common.PROCESSES > 1),
+        train_dataset=Dataset.from_dict({side: [r[side] for r in rows] for side in ("anchor", "positive")}), args=args,
+        batches=batches, dev=dev, cfg=cfg, best=checkpoints / "best.safetensors",
+        callbacks=[trainer_common.Log(log, ("loss", "eval_mrr@10", "learning_rate", "grad_norm"), history)])
     trainer.remove_callback(PrinterCallback)
     cast_inputs(model, False)
     started, resident = time.time(), results.peak_memory()
@@ -294,12 +289,12 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
     seconds = time.time() - started
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward stays under autocast for good
     cast_inputs(model, True)
+    trainer.accelerator.wait_for_everyone()  # the first process wrote what all read now
     set_trained_state(model, load_file(trainer.best))
-
-    looks = task.read_rows(history)
+    looks = results.read_rows(history)
     scores = [h["eval_mrr@10"] for h in looks if "eval_mrr@10" in h]
     kept = max((h for h in looks if "eval_mrr@10" in h and h["step"]), key=lambda h: (h["eval_mrr@10"], -h["step"]))
-    lengths = [[rows[i]["lengths"] for i in batch] for batch in batches]
+    lengths = [[rows[i]["lengths"] for i in batch] for batch in dealt(batches)]  # each padded by its own process
     tokens = sum(sum(pair) for batch in lengths for pair in batch)
     padded = sum(len(batch) * sum(map(max, zip(*batch))) for batch in lengths)
     facts = {"trainable_parameters": trainable, "trained_pairs": sum(map(len, batches)), "epochs": sum(map(len, batches)) / len(rows),
@@ -309,18 +304,3 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
              "peak_bytes_before_training": resident, "measured_peak_bytes": results.peak_memory(),
              "training_seconds": seconds, "tokens_per_second": None if resume else tokens / seconds}
     return model.eval(), facts, looks
-
-
-def open_checkpoints(folder: Path, identity: list) -> str | None:
-    """The last checkpoint or None. Checkpoints of another identity (knobs, data) are removed: resuming would mix two runs."""
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    stored = folder / "identity"
-    if folder.exists() and not (stored.exists() and stored.read_text() == digest):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stored.write_text(digest)
-    for checkpoint in folder.glob("checkpoint-*"):  # the library writes in place, its state last: cut short, the process died meanwhile
-        state = checkpoint / "trainer_state.json"
-        if not (state.exists() and state.read_text().rstrip().endswith("}")):
-            shutil.rmtree(checkpoint)
-    return get_last_checkpoint(str(folder))

@@ -14,8 +14,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import corpus, models, results
-from task3_tokenizer import task, terms, vocabulary
+from common import models, results
+from task3_tokenizer import task, terms, vocabulary, windows
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ PROFILES = {
         n_known=16,  # seconds more each
     ),
 }
-JACCARD = 0.5  # a held-out window that shares half its 5-word shingles with a training window is a copy with other numbers in it
 
 
 def listed(cfg):
@@ -68,7 +67,7 @@ def choose(cfg, tokenizer, found, path, train, held_out):
         return [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""} for r in found if r["rejected"] is None]
     chosen = terms.read_terms(path, tokenizer)
     for row in chosen:
-        seen = [sum(bool(task.places(text, row["term"])) for text in texts) for texts in (train, held_out)]
+        seen = [sum(bool(windows.places(text, row["term"])) for text in texts) for texts in (train, held_out)]
         if seen[0] < cfg.least_texts or seen[1] < cfg.least_held_out:
             raise SystemExit(f"{path.name}: {row['term']!r} is in {seen[0]} training and {seen[1]} held-out documents, "
                              f"{cfg.least_texts} and {cfg.least_held_out} needed: more texts, another word, or SET=terms=found")
@@ -90,37 +89,6 @@ def known_words(cfg, tokenizer, train, held_out, general, chosen, found):
     return [{"term": w, "pieces": task.ids_of(hidden, f" {w}")} for w in names[:cfg.n_known]]
 
 
-def windows(docs, word, n, rng, fits, taken=None):
-    """Windows around one use of `word` in each of at most n documents, drawn with `rng`; `fits` says which will do, `taken` collects the
-    documents used, which are not used again."""
-    out, taken = [], set() if taken is None else taken
-    for doc in rng.sample(docs, len(docs)):
-        if len(out) == n:
-            break
-        if doc["text"] not in taken and (starts := task.places(doc["text"], word)):
-            row = {"term": word, **task.window(doc["text"], rng.choice(starts), len(word))}
-            if fits(row):
-                out.append(row)
-                taken.add(doc["text"])
-    return out
-
-
-def distinct(rows, most):
-    """Rows without near-duplicates of earlier ones, at most `most` of a term and split."""
-    twins, seen, kept = corpus.near_duplicates([row["text"] for row in rows], JACCARD, bands=32, rows=2), Counter(), []
-    for row, twin in zip(rows, twins):
-        if twin is None and seen[key := (row["term"], row.get("split"))] < most:
-            kept.append(row)
-            seen[key] += 1
-    return kept
-
-
-def twins_of(taught, held_out):
-    """Which held-out windows are near-duplicates of an earlier one, in training or held out."""
-    found = corpus.near_duplicates([row["text"] for row in taught + held_out], JACCARD, bands=32, rows=2)
-    return [twin is not None for twin in found[len(taught):]]
-
-
 def main(run):
     cfg, rng = run.cfg, random.Random(run.cfg.seed)
     tokenizer = models.load_tokenizer(cfg.model)
@@ -138,7 +106,8 @@ def main(run):
 
     def fits(row):  # a term whose tokens reach over its borders could not be scored on its own
         return task.encode(tokenizer, row)[1] is not None and task.encode(extended, row)[1] is not None
-    parts = {"train": distinct([w for row in chosen for w in windows(split["train"], row["term"], 2 * cfg.n_windows, rng, fits)], cfg.n_windows)}
+    drawn = [w for row in chosen for w in windows.draw(split["train"], row["term"], 2 * cfg.n_windows, rng, fits)]
+    parts = {"train": windows.distinct(drawn, cfg.n_windows)}
     n_train = Counter(w["term"] for w in parts["train"])
     for row in chosen if path else []:
         if n_train[row["term"]] < cfg.least_texts:
@@ -152,11 +121,12 @@ def main(run):
     extended, added = vocabulary.extend(tokenizer, words)
     parts["train"] = [w for w in parts["train"] if w["term"] in words]
     known = known_words(cfg, tokenizer, train, held_out, general, chosen, found)
-    parts["known"] = distinct([{**w, "split": s} for k in known for s, n in (("train", 2 * cfg.n_windows), ("test", 2 * cfg.n_uses))
-                               for w in windows(split[s], k["term"], n, rng, lambda row: True)], cfg.n_windows)
-    parts["dev"] = [w for word in words for w in windows(split["dev"], word, cfg.n_dev, rng, fits)]
+    drawn = [{**w, "split": s} for k in known for s, n in (("train", 2 * cfg.n_windows), ("test", 2 * cfg.n_uses))
+             for w in windows.draw(split[s], k["term"], n, rng, lambda row: True)]
+    parts["known"] = windows.distinct(drawn, cfg.n_windows)
+    parts["dev"] = [w for word in words for w in windows.draw(split["dev"], word, cfg.n_dev, rng, fits)]
     taken, rare_first = set(), sorted(words, key=lambda w: next((r["held_out_documents"] for r in found if r["term"] == w), 0))
-    uses = [w for word in rare_first for w in windows(split["test"], word, 3 * cfg.n_uses, rng, fits, taken)]  # a document serves one term only
+    uses = [w for word in rare_first for w in windows.draw(split["test"], word, 3 * cfg.n_uses, rng, fits, taken)]  # a document serves one term only
     uses.sort(key=lambda w: words.index(w["term"]))
     new_ids = {what["id"] for what in added.values()}
     free = [d["text"] for d in split["test"] if not new_ids & {*task.ids_of(extended, d["text"])}]
@@ -165,16 +135,11 @@ def main(run):
              for t in rng.sample(pool, min(len(pool), 2 * cfg.n_texts))]
 
     taught = parts["train"] + [w for w in parts["known"] if w["split"] == "train"]
-    kept, dropped = Counter(), Counter()
-    for name, rows, key, most in (("uses", uses, "term", cfg.n_uses), ("texts", texts, "set", cfg.n_texts)):
-        parts[name] = []
-        for row, twin in zip(rows, twins_of(taught, rows)):  # also of each other: items are to be independent
-            dropped[name] += twin
-            if not twin and kept[row[key]] < most:
-                parts[name].append(row)
-                kept[row[key]] += 1
-    parts["texts"] = [row for row in parts["texts"] if kept[row["set"]] > 1]
-    leaks = sum(twins_of(taught, parts["uses"])) + sum(twins_of(taught, parts["texts"]))
+    parts["uses"], dropped_uses = windows.fresh(taught, uses, "term", cfg.n_uses)
+    parts["texts"], dropped_texts = windows.fresh(taught, texts, "set", cfg.n_texts)
+    kept, sets = Counter(row["term"] for row in parts["uses"]), Counter(row["set"] for row in parts["texts"])
+    parts["texts"] = [row for row in parts["texts"] if sets[row["set"]] > 1]
+    leaks = sum(windows.twins_of(taught, parts["uses"])) + sum(windows.twins_of(taught, parts["texts"]))
     if leaks:
         raise SystemExit(f"{leaks} held-out windows repeat training: the gate in 01_data.py is broken")
     if few := [word for word in words if kept[word] < 2]:
@@ -187,7 +152,7 @@ def main(run):
         "candidates": len(found), "accepted": sum(r["rejected"] is None for r in found), "terms_taken": len(words),
         "new_entries": len(added), "training_windows": len(parts["train"]), "held_out_uses": len(parts["uses"]),
         "test_documents_without_a_term": len(free),
-        "held_out_uses_dropped_as_near_copies": dropped["uses"], "held_out_texts_dropped_as_near_copies": dropped["texts"],
+        "held_out_uses_dropped_as_near_copies": dropped_uses, "held_out_texts_dropped_as_near_copies": dropped_texts,
         "held_out_windows_near_training": leaks}.items()]
     table += [{"table": "candidates", "model": r["term"], "metric": "score", "value": r["score"], "keyness": r["keyness"],
                "pieces": [tokenizer.convert_tokens_to_string([p]) for p in r["pieces"]], "documents": r["documents"],

@@ -63,22 +63,18 @@ def compare(tokenizer, chosen, texts):
 def main(run):
     cfg = run.cfg
     run.load("01_data")
-    chosen = json.loads(run.artifact("01_data", "terms.json").read_text(encoding="utf-8"))["terms"]
-    words = [row["term"] for row in chosen]
-    tokenizer = models.load_tokenizer(cfg.model)
-    _, added = vocabulary.extend(tokenizer, words)
-    new = {what["term"]: what["id"] for what in added.values() if what["term"]}
-    table = []
+    lexicon = task.lexicon(cfg.model, run.artifact("01_data", "terms.json"))
+    words, tokenizer, added, table = [row["term"] for row in lexicon.chosen], lexicon.old, lexicon.added, []
     for word in words:
         ids = task.ids_of(tokenizer, f" {word}")
         shown = [tokenizer.decode([i]) for i in ids]
-        print(f"{word!r}: {' | '.join(map(repr, shown))}  ids {ids}  ->  new id {new[word]}")
+        print(f"{word!r}: {' | '.join(map(repr, shown))}  ids {ids}  ->  new id {lexicon.ids[word]}")
         table.append({"table": "spelling", "model": word, "metric": "pieces", "value": len(ids), "pieces": shown, "ids": ids,
-                      "bytes": len(f" {word}".encode()), "new_id": new[word]})
+                      "bytes": len(f" {word}".encode()), "new_id": lexicon.ids[word]})
     table += [{"table": "between", "model": entry, "metric": "id", "value": what["id"], "text": tokenizer.convert_tokens_to_string([entry])}
               for entry, what in added.items() if what["term"] is None]
 
-    uses, texts = (task.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("uses", "texts"))
+    uses, texts = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("uses", "texts"))
     step = math.ceil(len(uses + texts) / cfg.n_compare)
     table += compare(tokenizer, words, [row["text"] for row in (uses + texts)[::step]])
     for row in table:

@@ -21,13 +21,6 @@ def untie(model) -> None:
     model.set_output_embeddings(head)
 
 
-def spell(added: dict, vocabulary: dict[str, int]) -> dict[int, list[int]]:
-    """{new id: the old ids it is made of} from what vocabulary.extend returned and the old vocabulary."""
-    def cut(entry):
-        return [vocabulary[entry]] if entry in vocabulary else cut(added[entry]["left"]) + cut(added[entry]["right"])
-    return {what["id"]: cut(entry) for entry, what in added.items()}
-
-
 INITS = ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces")
 
 
@@ -119,3 +112,17 @@ def write_rows(model, ids: list[int], rows: list[torch.Tensor], matrices: list[t
         matrix.copy_(values)
     for matrix, values in zip(plain, rows):
         matrix[where] = values.to(matrix)
+
+
+def changes(before: list[torch.Tensor], after: list[torch.Tensor], ids: list[int]) -> dict:
+    """What became of the (input, output) matrices: largest and mean movement of all rows but `ids`, and the norms of these rows."""
+    found = {}
+    for side, old, new in zip(("input", "output"), before, after):
+        old, new = old.detach().float(), new.detach().float()
+        others = torch.ones(len(new), dtype=torch.bool, device=new.device)
+        others[list(ids)] = False
+        moved = (new - old)[others].abs()
+        found |= {f"{side}_largest_change_of_other_rows": moved.max().item(), f"{side}_mean_change_of_other_rows": moved.mean().item(),
+                  f"{side}_rows_identical": bool((moved == 0).all()),
+                  f"{side}_median_norm": new.norm(dim=1).median().item(), f"{side}_trained_norm": new[list(ids)].norm(dim=1).mean().item()}
+    return found

@@ -42,7 +42,7 @@ def look(model, tokenizer, terms: list[dict], new: dict[str, int], words: dict[i
     """Per side and term {"side", "term", "anchors", "negatives" (cosines), "anchor_rank", "negative_rank" (shares of random words below),
     "norm" (over the median), "neighbours"}; cosines are None for a term without anchors."""
     # drawn among old words: the same ones for every stage and both matrices
-    among = torch.tensor(random.Random(seed).sample(sorted(words), min(N_RANDOM, len(words))))
+    among = torch.tensor(random.Random(seed).sample(sorted(words), min(N_RANDOM, len(words))), device=model.device)
     found = []
     for side, matrix in (("input", model.get_input_embeddings().weight), ("output", model.get_output_embeddings().weight)):
         units, norms = centred(matrix), matrix.detach().float().norm(dim=1)

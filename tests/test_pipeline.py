@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from common import trainer
 from tests.conftest import environment, one_line, step
 
 TRAIN = ["--set", "max_steps=24", "eval_every=6", "batch_size=4", "lora_dropout=0.1"]
@@ -61,6 +62,39 @@ def test_own_text_runs_through_all_four_steps(repo, model):
     rows = json.loads((repo / "results" / "own" / "task1_decoder" / "04_eval.json").read_text())["rows"]
     assert {r["model"] for r in rows if r["table"] == "headline"} == {"base", "tuned", "delta"}
     assert all({"lo", "hi", "p", "n"} <= set(r) for r in rows if r["model"] == "delta")
+
+
+def test_an_ablation_row_is_a_training_with_one_thing_changed(repo, model):
+    own = ["--run", "own", "--data", str(repo / "own.jsonl"), "--set", "instruction=", "max_steps=2", "eval_every=2"]
+    assert (done := step(repo, "ablations", *model, *own, "only=bf16 LoRA;rank 4")).returncode == 0, done.stderr[-2000:]
+    rows = json.loads((repo / "results" / "own" / "task1_decoder" / "ablations.json").read_text())["rows"]
+    size = {r["model"]: r["value"] for r in rows if r["metric"] == "trainable_parameters"}
+    assert size["bf16 LoRA"] == size["as in 03"] == 4 * size["rank 4"]
+    assert {r["model"] for r in rows if r["table"] == "ablation minus 03"} == {"bf16 LoRA", "rank 4"}
+    one_line(step(repo, "ablations", *model, *own, "only=nothing"), "no row 'nothing'")
+
+
+def test_two_processes_train_what_one_trains(repo, model):
+    """torchrun deals the rows of a step to its processes: the same global batches, so the same losses up to bf16 rounding."""
+    curves, command = {}, {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]}
+    for processes, start in command.items():
+        run = f"of{processes}"
+        assert step(repo, "01_data", "--run", run, *model).returncode == 0
+        script = ["task1_decoder/03_train.py", "--profile", "smoke", "--run", run, *model, "--set", "max_steps=8", "log_every=1"]
+        done = subprocess.run([*start, *script], cwd=repo, env=environment(repo) | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        curves[processes] = {(r["metric"], r["step"]): r["value"] for r in train_rows(repo, run) if r["table"] == "curve"}
+        assert {r["value"] for r in train_rows(repo, run) if r["metric"] == "processes"} == {processes}
+    assert curves[1].keys() == curves[2].keys() and len(curves[1]) > 8
+    assert all(curves[2][key] == pytest.approx(value, abs=0.02) for key, value in curves[1].items()), curves
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused(monkeypatch):
+    monkeypatch.setattr(trainer, "PROCESSES", 2)
+    assert trainer.share(8) == 4
+    with pytest.raises(SystemExit, match="batch_size=7"):
+        trainer.share(7)
 
 
 def test_own_data_without_an_instruction_is_asked_for_one(repo, model):

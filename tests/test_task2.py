@@ -8,8 +8,8 @@ import pytest
 import pytrec_eval
 import torch
 
-from common import models
-from task2_encoder import pairs, task, training
+from common import models, trainer
+from task2_encoder import ablations, pairs, task, training
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
@@ -177,6 +177,24 @@ def test_no_group_stands_twice_in_a_batch_and_batches_are_alike_in_length():
     assert sum(mixed) > 25 and sum(same) < 8  # only where two packages meet in a span
 
 
+def test_every_process_sees_its_piece_of_every_batch(monkeypatch):
+    """Through accelerate's own sharding, as the library's trainer sets it up (even_batches off)."""
+    from accelerate.data_loader import BatchSamplerShard
+    batches = [[1, 2, 3, 4], [8, 7, 6, 5], [0, 9, 10, 11]]
+    assert training.dealt(batches) == batches
+    monkeypatch.setattr(trainer, "PROCESSES", 2)
+    seen = [list(BatchSamplerShard(training.Scheduled(training.dealt(batches)), 2, process, even_batches=False)) for process in (0, 1)]
+    assert seen == [[[1, 2], [8, 7], [0, 9]], [[3, 4], [6, 5], [10, 11]]]
+    with pytest.raises(SystemExit, match="3 cannot be dealt to 2"):
+        training.dealt([[1, 2, 3]])
+    with pytest.raises(SystemExit, match="one process, not 2"):
+        ablations.main(None)
+
+
+def test_a_part_of_the_general_questions_is_their_beginning():
+    assert task.general_rows(0)[:24] == task.general_rows(24) and len(task.general_rows(0)) > 800
+
+
 def test_too_few_groups_for_a_batch_is_an_error():
     with pytest.raises(ValueError, match="8 different groups"):
         training.schedule([{"group": i % 4, "package": "p", "lengths": (1, 1)} for i in range(40)], 2, 8, 4, True, 0)
@@ -209,7 +227,7 @@ def vectors(model):
 
 def gradients(model):
     model.train()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(models.device().type, torch.bfloat16):
         out = [model(model.preprocess(list(texts)))["sentence_embedding"] for texts in (TEXTS.values(), reversed(TEXTS.values()))]
     training.cos_sim_fp32(*out).trace().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -278,12 +296,12 @@ def test_checkpoints_cut_short_or_of_other_knobs_are_not_resumed(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert training.open_checkpoints(tmp_path, ["other"]) is None and not list(tmp_path.glob("checkpoint-*"))
+    assert trainer.open_checkpoints(tmp_path, ["other"])[0] is None and not list(tmp_path.glob("checkpoint-*"))
     for step, state in ((3, "{}\n"), (6, '{"epoch": 1'), (9, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert training.open_checkpoints(tmp_path, ["other"]).endswith("checkpoint-3")
+    assert trainer.open_checkpoints(tmp_path, ["other"])[0].endswith("checkpoint-3")
 
 
 def test_more_tokens_than_the_model_reads_are_refused(cfg):

@@ -1,13 +1,14 @@
 """Task 3: rows trained on their own, first values, scores that two tokenizers share, windows, what a row looks like from inside."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import models
-from task3_tokenizer import embeddings, intrinsic, task, training, vocabulary
+from task3_tokenizer import embeddings, intrinsic, task, training, vocabulary, windows
 
 TERMS = ["NetworkX", "undirected", "крипта"]
 
@@ -15,7 +16,7 @@ TERMS = ["NetworkX", "undirected", "крипта"]
 @pytest.fixture(scope="module")
 def extended(tokenizer):
     new, added = vocabulary.extend(tokenizer, TERMS)
-    return new, embeddings.spell(added, tokenizer.get_vocab())
+    return new, vocabulary.spell(added, tokenizer.get_vocab())
 
 
 @pytest.fixture
@@ -201,25 +202,42 @@ def test_a_term_alone_can_be_spelled_by_another_tokenizer(tokenizer, extended):
 def test_windows_are_whole_words_around_the_use():
     text = " " + " ".join(f"word{i}" for i in range(60))
     start = text.index("word30")
-    row = task.window(text, start, len("word30"))
+    row = windows.around(text, start, len("word30"))
     assert row["text"][row["start"]:row["end"]] == "word30" and row["text"][0] == " "
     assert set(row["text"].split()) < set(text.split()) and 150 < len(row["text"]) < 200
-    assert task.places(" a NaN, (NaN) NaN's NaNs xNaN NaN-like NaN", "NaN") == [3, 39]
+    assert windows.places(" a NaN, (NaN) NaN's NaNs xNaN NaN-like NaN", "NaN") == [3, 39]
 
 
 def test_every_term_comes_once_a_round_and_no_window_twice():
     rows = [{"term": t, "text": f"{t}{i}" * (i + 1)} for t in "abcd" for i in range(12 if t != "d" else 3)]
-    shown = training.in_turn(rows, each=4, seed=0, batch_size=4) + training.in_turn(rows, each=4, seed=0, batch_size=4, skip=4)
-    assert len(shown) == len({r["text"] for r in shown}) == 3 * 8 + 3
-    assert shown[:8] != sorted(shown[:8], key=lambda r: r["term"]) and training.in_turn(rows, 4, 0, 4) == training.in_turn(rows, 4, 0, 4)
+    shown = training.in_turn(rows, seed=0, batch_size=4, each=8)
+    assert len(shown) == len({r["text"] for r in shown}) == 3 * 8 + 3 and len(training.in_turn(rows, 0, 4)) == len(rows)
+    assert shown[:8] != sorted(shown[:8], key=lambda r: r["term"]) and training.in_turn(rows, 0, 4, 4) == training.in_turn(rows, 0, 4, 4)
 
 
 def test_stages_share_what_there_is_or_refuse():
     knobs = config(texts_a=30, texts_b=10, texts_c1=10, texts_c2=10)
-    assert training.shares(knobs, [{"term": "a"}] * 60) == {"a": 30, "b": 10, "c1": 10, "c2": 10}
-    assert training.shares(knobs, [{"term": "a"}] * 30 + [{"term": "b"}] * 4) == {"a": 15, "b": 5, "c1": 5, "c2": 5}
+    assert training.shares(knobs, 60) == training.shares(knobs, 200) == {"a": 30, "b": 10, "c1": 10, "c2": 10}
+    assert training.shares(knobs, 30) == {"a": 15, "b": 5, "c1": 5, "c2": 5} and set(training.shares(knobs, 4).values()) == {1}
     with pytest.raises(SystemExit, match="at least one"):
-        training.shares(knobs, [{"term": "a"}] * 3)
+        training.shares(knobs, 3)
+
+
+def test_every_term_has_texts_in_every_stage_and_none_twice():
+    """At the sizes of the gpu profile, where a term of 60 windows would otherwise be used up in (a)."""
+    knobs = config(texts_a=100, texts_b=50, texts_c1=50, texts_c2=50)
+    rows = [{"term": t, "text": f"{t}{i}"} for t, n in (("a", 700), ("b", 60), ("c", 5)) for i in range(n)]
+    dealt = training.deal(knobs, rows)
+    counts = {stage: Counter(r["term"] for r in part) for stage, part in dealt.items()}
+    assert counts["a"] == {"a": 100, "b": 24, "c": 2} and counts["b"] == counts["c1"] == counts["c2"] == {"a": 50, "b": 12, "c": 1}
+    everything = [r["text"] for part in dealt.values() for r in part]
+    assert len(everything) == len(set(everything)) == 250 + 60 + 5
+
+
+def test_rates_fall_with_the_square_root_of_the_batch():
+    knobs = config(batch_size=16, lr_rows=1e-2, lr_rows_later=4e-3, lr_matrices=2e-4, lr_lora=1e-3)
+    assert training.rates(knobs, "a", 16) == (1e-2, 2e-4, 1e-3)
+    assert training.rates(knobs, "c1", 4) == pytest.approx((2e-3, 1e-4, 5e-4))
 
 
 # ---------------------------------------------------------------------------------------------------------------- inside
