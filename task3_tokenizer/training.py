@@ -120,7 +120,7 @@ def fit(cfg, model, tokenizer, groups: list[tuple[list, float]], rows: list[dict
         output_dir=str(results.ROOT / "runs"), per_device_train_batch_size=batch_size, train_sampling_strategy="sequential",
         max_steps=steps, lr_scheduler_type=cfg.schedule, warmup_steps=max(1, round(cfg.warmup * steps)), max_grad_norm=cfg.max_grad_norm,
         bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed, save_strategy="no", logging_steps=cfg.log_every,
-        disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False, label_names=["labels"], report_to="none")
+        logging_nan_inf_filter=False, disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False, label_names=["labels"], report_to="none")
     args._n_gpu = min(1, args.n_gpu)  # on a host with several the library would wrap the model, and train on batches as many times as large
     trainer = trainer_class(
         model=model, train_dataset=examples, args=args, optimizers=(optimizer, None), callbacks=[Log(log, ("loss", "grad_norm"), stage=name)],

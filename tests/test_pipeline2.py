@@ -98,8 +98,8 @@ def test_killed_and_resumed_training_equals_uninterrupted(repo, own, whole):
 def torchrun(repo, name, *arguments):
     """Two processes of a script on the CPU, as one would start them on two GPUs; without "--" torchrun takes --run for one of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", f"{TASK}/{name}.py"]
-    return subprocess.run([*command, "--profile", "smoke", *arguments], cwd=repo, env=environment(repo), capture_output=True, text=True,
-                          timeout=300, check=False)
+    return subprocess.run([*command, "--profile", "smoke", *arguments], cwd=repo, env=environment(repo) | {"CUDA_VISIBLE_DEVICES": ""},
+                          capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_two_processes_train_what_one_does(repo, own, whole):
