@@ -127,21 +127,30 @@ def headline(result: dict) -> list[tuple[dict, dict, dict]]:
 
 
 def verdict(found: Found) -> str:
+    """A line per task for the run its section shows, and one below it for every run of the gpu profile."""
     lines = []
     for task, title in TASKS.items():
-        run = main_run(found, task)
-        if run is None:
+        first = main_run(found, task)
+        if first is None:
             lines.append(f"- **{task}** ({title}): not run")
-            continue
-        result = found[run, task, "04_eval"]
-        base, tuned, delta = headline(result)[0]
-        worse = [f"{r['table']} {r['metric']} {interval(r)}" for r in Rows(result).all(verdict="worse")
-                 if r["table"] != "headline" and (r["model"] == "delta" or r.get("in_verdict"))]
-        lines.append(f"- **{task}** ({title}, run `{run}`): {delta['metric']} {number(base['value'])} -> {number(tuned['value'])}, delta "
-                     f"{interval(delta)} (95 %), p {p_value(delta['p'])}, n = {delta['n']}: **{delta['verdict']}**. "
-                     f"Worse, with an interval that excludes 0: {'; '.join(worse) or 'nothing of what is measured here'}."
-                     + "".join(f" {section.note(found)}" for section in sections() if task == section.TASK and hasattr(section, "note")))
+        for run in (r for r, t, step in found if (t, step) == (task, "04_eval")):
+            if run == first or found[run, task, "04_eval"]["profile"] == "gpu":
+                lines.append(f"- **{task}** ({title}, run `{run}`): " + judged(found, run, task) if run == first else
+                             f"  - run `{run}`, {found[run, task, '04_eval']['config']['model']}: " + judged(found, run, task))
     return "\n".join(lines)
+
+
+def judged(found: Found, run: str, task: str) -> str:
+    """First headline, everything measured that is worse, and what the task's section has to add."""
+    result = found[run, task, "04_eval"]
+    base, tuned, delta = headline(result)[0]
+    worse = [f"{r['table']} {r['metric']} {interval(r)}" for r in Rows(result).all(verdict="worse")
+             if r["table"] != "headline" and (r["model"] == "delta" or r.get("in_verdict"))]
+    own = {key: value for key, value in found.items() if key[0] == run}
+    return (f"{delta['metric']} {number(base['value'])} -> {number(tuned['value'])}, delta {interval(delta)} (95 %), p {p_value(delta['p'])}, "
+            f"n = {delta['n']}: **{delta['verdict']}**. Worse, with an interval that excludes 0: "
+            f"{'; '.join(worse) or 'nothing of what is measured here'}."
+            + "".join(f" {section.note(own)}" for section in sections() if task == section.TASK and hasattr(section, "note")))
 
 
 def overview(found: Found) -> str:

@@ -66,6 +66,8 @@ class Config(task.Config):
     eval_every: int = 32
     # Steps between log lines: one every 10 s.
     log_every: int = 10
+    # Processes that cut the next batches into tokens meanwhile. On a CPU they would take the cores that train.
+    workers: int = 0
     # Batches cut from one span of shuffled rows, which is sorted inside: similar lengths meet. 13 % of tokens are padding with this span,
     # 29 % with 32; a longer one leaves less to chance.
     bucket: int = 256
@@ -81,12 +83,13 @@ PROFILES = {
     ),
     "cpu": dict(),
     "gpu": dict(
-        max_steps=600,  # four epochs of 18,310 pairs
+        max_steps=300,  # two epochs of 18,310 pairs; in a run of four dev rose by 0.01 from step 100 to 200, while the loss fell by a third
         batch_size=128,  # 127 negatives a pair, and a GPU kept busy
-        warmup_steps=30,  # 5 %
-        lora_dropout=0.05,  # pairs come back four times
+        warmup_steps=15,  # 5 %
+        lora_dropout=0.05,  # pairs come back
         learning_rate=5e-4,  # more steps want smaller ones; untuned
-        eval_every=100,  # six looks
+        eval_every=50,  # six looks
+        workers=4,  # cutting 256 texts takes 0.08 s, and a step took 0.25 s with it
     ),
 }
 

@@ -274,7 +274,8 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
         eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
         prompts={side: model.prompts[n] for side, n in (("anchor", "query"), ("positive", "document")) if model.prompts.get(n)} or None,
         ddp_find_unused_parameters=False,  # all that is trained has a gradient at every step
-        logging_steps=cfg.log_every, logging_nan_inf_filter=False, disable_tqdm=not sys.stderr.isatty(), report_to="none")
+        logging_steps=cfg.log_every, logging_nan_inf_filter=False, dataloader_num_workers=cfg.workers,
+        disable_tqdm=not sys.stderr.isatty(), report_to="none")
     args._n_gpu = min(args.n_gpu, 1)  # else one process on a host of several GPUs is spread over them by DataParallel
     trainer = Trainer(
         model=model, loss=MultipleNegativesRankingLoss(model, scale=cfg.scale, similarity_fct=cos_sim_fp32, **SYMMETRIC,
