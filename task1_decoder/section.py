@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common import spread
 from common.report import Found, Rows, choices, code, cost, draw, each_run, fold, interval, main_run, number, p_value, shown, table
 
 TASK = "task1_decoder"
@@ -114,6 +115,7 @@ def costs(rows: Rows) -> str:
 
 BLOCKS = {"task1/data": data, "task1/choices": lambda found: choices(found, TASK), "task1/results": each_run(TASK, "04_eval", results_block),
           "task1/errors": each_run(TASK, "04_eval", errors), "task1/ablations": each_run(TASK, "ablations", ablations),
+          "task1/several": spread.several(TASK),
           "task1/cost": each_run(TASK, "04_eval", lambda found: cost(found, TASK, "Predicted and measured, in full"))}
 
 
@@ -140,4 +142,5 @@ def delta_figure(rows: Rows, figure) -> None:
 
 
 def figures(found: Found) -> dict[Path, str]:
-    return draw(found, TASK, (6.4, 3.2), {"loss": ("03_train", loss_figure), "deltas": ("04_eval", delta_figure)})
+    plots = {"loss": ("03_train", loss_figure), "deltas": ("04_eval", delta_figure)}
+    return draw(found, TASK, (6.4, 3.2), plots) | spread.figure(found, TASK)

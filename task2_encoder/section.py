@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common import spread
 from common.report import Found, Rows, choices, code, cost, draw, each_run, fold, interval, main_run, number, p_value, shown, table
 
 TASK = "task2_encoder"
@@ -108,6 +109,7 @@ def ablations(found: Found) -> str:
 
 BLOCKS = {"task2/data": data, "task2/choices": lambda found: choices(found, TASK), "task2/results": each_run(TASK, "04_eval", results_block),
           "task2/errors": each_run(TASK, "04_eval", errors), "task2/ablations": each_run(TASK, "ablations", ablations),
+          "task2/several": spread.several(TASK),
           "task2/cost": each_run(TASK, "04_eval", lambda found: cost(found, TASK, "All facts of the training"))}
 
 
@@ -149,4 +151,4 @@ def map_figure(rows: Rows, figure) -> None:
 
 def figures(found: Found) -> dict[Path, str]:
     plots = {"curve": ("03_train", curve_figure), "map": ("04_eval", map_figure), "systems": ("04_eval", systems_figure)}
-    return draw(found, TASK, (7.2, 2.8), plots)
+    return draw(found, TASK, (7.2, 2.8), plots) | spread.figure(found, TASK)

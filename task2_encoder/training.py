@@ -299,7 +299,7 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
     tokens = sum(sum(pair) for batch in lengths for pair in batch)
     padded = sum(len(batch) * sum(map(max, zip(*batch))) for batch in lengths)
     facts = {"trainable_parameters": trainable, "trained_pairs": sum(map(len, batches)), "epochs": sum(map(len, batches)) / len(rows),
-             "trained_tokens": tokens, "padding_share": 1 - tokens / padded, "steps": len(batches),
+             "trained_tokens": tokens, "padding_share": 1 - tokens / padded, "steps": len(batches), "processes": trainer_common.PROCESSES,
              "kept_step": kept["step"], "pairs_seen_by_then": kept["step"] * cfg.batch_size, "dev_mrr_before": scores[0],
              "dev_mrr_kept": kept["eval_mrr@10"], "dev_mrr_last": scores[-1],
              "peak_bytes_before_training": resident, "measured_peak_bytes": results.peak_memory(),

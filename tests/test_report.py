@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from common import report, results
+from common import report, results, spread
 
 
 def test_every_knob_and_every_profile_override_has_a_reason():
@@ -46,6 +46,23 @@ def test_figures_are_the_same_bytes_twice(rendered):
 def test_committed_report_is_current(rendered):
     text = rendered[0]
     assert report.REPORT.read_text(encoding="utf-8") == text, "make report"
+
+
+def trained(run, processes, losses, speed, **config):
+    rows = [{"table": "training", "metric": "processes", "value": processes}]
+    rows += [{"table": "curve", "metric": "loss", "step": step, "value": loss} for step, loss in losses.items()]
+    return {(run, "task1_decoder", "03_train"): {"run": run, "config": {"seed": 0} | config, "rows": rows, "env": {"device": "two of them"},
+                                                 "cost": {"tokens_per_second": speed}}}
+
+
+def test_one_process_is_compared_with_several_of_the_same_configuration():
+    found = trained("one", 1, {10: 3.0, 20: 2.0}, 1000.0) | trained("two", 2, {10: 3.0, 20: 2.5}, 1900.0)
+    line = spread.several("task1_decoder")(found).splitlines()[2]
+    assert line == "| 2 | two of them | 1,000 | 1,900 | 1.90 | 0.2500 | 0.5000 | 2 |"
+    assert "results/two/task1_decoder/processes.svg" in spread.several("task1_decoder")(found)
+    assert [path.parent.parent.name for path in spread.figure(found, "task1_decoder")] == ["two"]
+    other = trained("one", 1, {10: 3.0}, 1000.0) | trained("two", 2, {10: 3.0}, 1900.0, seed=1)
+    assert "not run" in spread.several("task1_decoder")(other) and not spread.figure(other, "task1_decoder")
 
 
 def test_a_result_cut_in_half_stops_with_its_name(tmp_path):
