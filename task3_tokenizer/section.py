@@ -293,6 +293,7 @@ def texts_figure(rows: Rows, figure) -> None:
     axes.axhline(old["value"], color="#9aa5b1", lw=1, ls="--", label="by old pieces, untrained base")
     axes.set_xscale("symlog", linthresh=5)
     axes.set_xticks([p for p, _ in points], [str(p) for p, _ in points])
+    axes.set_xlim(-1, 1.2 * max(p for p, _ in points))
     axes.set(xlabel="texts per token", ylabel="bits per use of a term")
     axes.legend(frameon=False)
 
