@@ -11,8 +11,6 @@ VENV := .venv
 PY ?= $(VENV)/bin/python
 ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(SET)$(TERMS),--set $(if $(TERMS),terms=$(TERMS)) $(SET))
 R := results/$(RUN)
-# training on several GPUs of one host: tasks 1 and 2 (task 3's stages are too short to be worth it)
-SPREAD = -m torch.distributed.run --standalone --nproc_per_node $(NPROC) --
 steps = $(foreach step,01_data 02_baseline 03_train 04_eval,$(R)/$(1)/$(step).json)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHONUNBUFFERED := 1
@@ -40,8 +38,10 @@ task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, train
 
 ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (75 min on 2 cores)
 
+# training on several GPUs of one host: tasks 1 and 2 (task 3's stages are too short to be worth it)
+$(R)/task1_decoder/03_train.json $(R)/task2_encoder/03_train.json: LAUNCH = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc_per_node $(NPROC) --)
 $(R)/%.json: FORCE
-	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $(if $(filter-out 1,$(NPROC)),$(if $(filter task1_decoder/03_train task2_encoder/03_train,$*),$(SPREAD))) $*.py $(ARGS) ;; *) exit 2 ;; esac
+	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $(LAUNCH) $*.py $(ARGS) ;; *) exit 2 ;; esac
 
 report: setup                  ## report.md and its figures from results/; trains nothing (2 s)
 	@$(PY) -m common.report

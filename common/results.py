@@ -232,6 +232,24 @@ def configure(config_class, profiles: tuple[dict, ...], profile: str, settings: 
     return dataclasses.replace(config_class(), **{name: value for name, (value, _) in chosen.items()})
 
 
+# ---------------------------------------------------------------------------------------------------------------- rows of ablations
+
+def chosen(only: str, possible: list[str]) -> list[str]:
+    """The names in `only`, separated by ";", or all; SystemExit for a name that is not possible."""
+    names = [name.strip() for name in only.split(";")] if only else possible
+    if unknown := [name for name in names if name not in possible]:
+        raise SystemExit(f"only={only!r}: no row {unknown[0]!r}; rows: {'; '.join(possible)}")
+    return names
+
+
+def cached(path: Path, given: list, make) -> dict:
+    """What `make()` returned, kept at `path` as long as `given` (knobs, data) and the code imported so far are the same."""
+    identity = hashlib.sha256(json.dumps([given, imported_modules()]).encode()).hexdigest()
+    if not (path.exists() and json.loads(path.read_text())["identity"] == identity):
+        write_atomic(path, json.dumps({"identity": identity, **make()}))
+    return json.loads(path.read_text())
+
+
 # ---------------------------------------------------------------------------------------------------------------- a step
 
 class Run:

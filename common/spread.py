@@ -21,7 +21,7 @@ def pairs(found: Found, task: str) -> list[tuple[Rows, Rows, dict, dict]]:
 def several(task: str):
     """Block: the same training by one process and by several, from the losses they logged and the time they took."""
     def block(found: Found) -> str:
-        body = []
+        body, figures = [], []
         for one, many, first, second in pairs(found, task):
             losses = [{r["step"]: r["value"] for r in rows.all(table="curve", metric="loss")} for rows in (one, many)]
             apart = [abs(losses[0][step] - losses[1][step]) for step in losses[0] if step in losses[1]]
@@ -29,8 +29,8 @@ def several(task: str):
             times = number(speed[1] / speed[0], 2) if all(speed) else "–"
             body.append([many.one(table="training", metric="processes")["value"], second["env"]["device"], number(speed[0], 0),
                          number(speed[1], 0), times, number(sum(apart) / len(apart), 4), number(max(apart), 4), len(apart)])
+            figures.append(f"![loss curves](results/{second['run']}/{task}/processes.svg)")
         head = ["processes", "device", "tokens/s, one", "tokens/s, several", "times", "mean difference in loss", "largest", "readings"]
-        figures = [f"![loss curves](results/{second['run']}/{task}/processes.svg)" for *_, second in pairs(found, task)]
         return "\n\n".join([table(head, body), *figures]) if body else "not run: `make " + task.split("_")[0] + " PROFILE=gpu NPROC=2 RUN=gpu2`"
     return block
 

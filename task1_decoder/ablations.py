@@ -10,12 +10,12 @@ Needs   about 4 min a row, 20 min in all, and 3 GB on 2 cores
 """
 
 import gc
-import hashlib
 import json
 import re
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 from common import models  # before anything that loads bitsandbytes: it keeps that quiet
@@ -58,19 +58,13 @@ ROWS = {
 }
 
 
-def train_row(run, name, config, data_hash, pool, dev, test):
-    """{"items": NLL per held-out row, "facts"} of one row, from its cache if neither knobs, data nor code changed."""
-    folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
-    identity = hashlib.sha256(json.dumps([config, data_hash, results.imported_modules()]).encode()).hexdigest()
-    stored = folder / "row.json"
-    if stored.exists() and (found := json.loads(stored.read_text()))["identity"] == identity:
-        return found
+def train_row(folder, config, data_hash, pool, dev, test):
+    """{"items": NLL per held-out row, "facts"} of one row."""
     cfg = SimpleNamespace(**config)
     model, facts, _ = training.train(cfg, pool, dev, folder / "checkpoints", [data_hash], lambda **values: None)
     items = task.loss_only(model, models.load_tokenizer(cfg.model), test, cfg)
-    results.write_atomic(stored, json.dumps({"identity": identity, "items": items, "facts": facts}))
     shutil.rmtree(folder / "checkpoints")
-    return json.loads(stored.read_text())
+    return {"items": items, "facts": facts}
 
 
 def matmul_peak(size: int = 8192, times: int = 20) -> float:
@@ -127,9 +121,7 @@ def cost_table(run, config, pool, dev):
 def main(run):
     data, trained = run.load("01_data"), run.load("03_train")
     run.load("04_eval")
-    names = [n.strip() for n in run.cfg.only.split(";")] if run.cfg.only else list(ROWS)
-    if unknown := [n for n in names if n not in ROWS]:
-        raise SystemExit(f"only={run.cfg.only!r}: no row {unknown[0]!r}; rows: {'; '.join(ROWS)}")
+    names, data_hash = results.chosen(run.cfg.only, list(ROWS)), results.result_hash(data)
     if run.cfg.cost_steps and models.device().type == "cpu":
         raise SystemExit(f"cost_steps={run.cfg.cost_steps}: the cost table needs an accelerator, a process on a CPU never forgets its peak")
     pool, dev, test = (results.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
@@ -139,7 +131,8 @@ def main(run):
     facts = {r["metric"]: r["value"] for r in trained["rows"] if r["table"] == "training"}
     done = {"as in 03": {"items": tuned, "facts": facts}}
     for name in names:
-        done[name] = train_row(run, name, trained["config"] | ROWS[name], results.result_hash(data), pool, dev, test)
+        folder, config = run.folder / "ablations" / re.sub(r"\W+", "-", name), trained["config"] | ROWS[name]
+        done[name] = results.cached(folder / "row.json", [config, data_hash], partial(train_row, folder, config, data_hash, pool, dev, test))
         gc.collect()
         run.log(row=name.replace(" ", "_"), dev_nll=done[name]["facts"]["dev_nll_best"])
     (before, weights), (reference, _) = (task.column(items, "nll_per_token") for items in (base, tuned))

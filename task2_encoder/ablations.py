@@ -8,11 +8,11 @@ Writes  results/<run>/task2_encoder/ablations.json, runs/<run>/task2_encoder/abl
 Needs   about 2.5 min a row, 27 min in all, and 4 GB on 2 cores
 """
 
-import hashlib
 import json
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 from common import results
@@ -55,22 +55,15 @@ def changed(config: dict, changes: dict) -> dict:
     return config | {k: max(1, int(config[k] * v)) if k in FACTORS else v for k, v in changes.items()}
 
 
-def train_row(run, name, config, data_hash, rows, dev, test):
-    """{"items": per query on the pool, "facts"} of one row, from its cache if neither knobs, data nor code changed."""
-    method, _ = ROWS[name]
-    folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
-    identity = hashlib.sha256(json.dumps([config, method, data_hash, results.imported_modules()]).encode()).hexdigest()
-    stored = folder / "row.json"
-    if stored.exists() and (found := json.loads(stored.read_text()))["identity"] == identity:
-        return found
+def train_row(folder, name, method, config, data_hash, rows, dev, test):
+    """{"items": per query on the pool, "facts"} of one row."""
     cfg = SimpleNamespace(**config)
     rows = training.shuffled(rows, cfg.seed) if name == "shuffled pairs" else rows
     model, facts, _ = training.train(cfg, rows, dev, folder / "checkpoints", data_hash, lambda **values: None, method)
     asked = task.pool(test)
     items = task.evaluate(asked, task.embed_task(model, asked, cfg.eval_batch_size))
-    results.write_atomic(stored, json.dumps({"identity": identity, "items": items, "facts": facts}))
     shutil.rmtree(folder / "checkpoints")
-    return json.loads(stored.read_text())
+    return {"items": items, "facts": facts}
 
 
 def main(run):
@@ -78,19 +71,19 @@ def main(run):
         raise SystemExit(f"ablations take one process, not {trainer_common.PROCESSES}: start them without torchrun")
     data, trained = run.load("01_data"), run.load("03_train")
     run.load("04_eval")
-    names = [n.strip() for n in run.cfg.only.split(";")] if run.cfg.only else list(ROWS)
-    if unknown := [n for n in names if n not in ROWS]:
-        raise SystemExit(f"only={run.cfg.only!r}: no row {unknown[0]!r}; rows: {'; '.join(ROWS)}")
+    names, data_hash = results.chosen(run.cfg.only, list(ROWS)), results.result_hash(data)
     rows, dev, test = (results.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
     base = json.loads(run.artifact("02_baseline", "items_base.json").read_text())["NF4 base"]["pool"]
     tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["pool"]
     facts = {r["metric"]: r["value"] for r in trained["rows"] if r["table"] == "training"}
     done, documents = {"as in 03": {"items": tuned, "facts": facts}}, len(task.pool(test).documents)
     for name in names:
-        config = changed(trained["config"], ROWS[name][1])
-        if config == trained["config"] and ROWS[name][0] == "qlora" and name != "shuffled pairs":
+        method, config = ROWS[name][0], changed(trained["config"], ROWS[name][1])
+        if config == trained["config"] and method == "qlora" and name != "shuffled pairs":
             continue  # that is what 03 trained
-        done[name] = train_row(run, name, config, results.result_hash(data), [dict(r) for r in rows], dev, test)
+        folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
+        make = partial(train_row, folder, name, method, config, data_hash, [dict(r) for r in rows], dev, test)
+        done[name] = results.cached(folder / "row.json", [config, method, data_hash], make)
         run.log(row=name.replace(" ", "_"), dev_mrr=done[name]["facts"]["dev_mrr_kept"], test_mrr=task.mean(done[name]["items"], "mrr@10"))
     table = []
     for name, row in done.items():
