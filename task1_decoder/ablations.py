@@ -48,6 +48,7 @@ PROFILES = {
         cost_rows="4 32 128",  # 128 show where arithmetic, not the launch of kernels, takes the time
     ),
 }
+COST = "cost"  # the table of that name
 # name -> knobs changed; what 03 itself trained is the row they are compared with
 ROWS = {
     "bf16 LoRA": {"precision": "bf16"},  # QLoRA's claim: the same quality without the 4 bits
@@ -121,16 +122,18 @@ def cost_table(run, config, pool, dev):
 def main(run):
     data, trained = run.load("01_data"), run.load("03_train")
     run.load("04_eval")
-    names, data_hash = results.chosen(run.cfg.only, list(ROWS)), results.result_hash(data)
+    names, data_hash = results.chosen(run.cfg.only, [*ROWS, *[COST] * bool(run.cfg.cost_steps)]), results.result_hash(data)
     if run.cfg.cost_steps and models.device().type == "cpu":
         raise SystemExit(f"cost_steps={run.cfg.cost_steps}: the cost table needs an accelerator, a process on a CPU never forgets its peak")
     pool, dev, test = (results.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
-    table = cost_table(run, trained["config"], pool, dev) if run.cfg.cost_steps else []
+    table, cost = [], [trained["config"], run.cfg.cost_steps, run.cfg.cost_rows, data_hash]
+    if COST in names:
+        table = results.cached(run.folder / "ablations" / "cost.json", cost, lambda: {"rows": cost_table(run, trained["config"], pool, dev)})["rows"]
     base = json.loads(run.artifact("02_baseline", "items_base.json").read_text())["zero-shot"]["heldout"]
     tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["heldout"]
     facts = {r["metric"]: r["value"] for r in trained["rows"] if r["table"] == "training"}
     done = {"as in 03": {"items": tuned, "facts": facts}}
-    for name in names:
+    for name in (n for n in names if n != COST):
         folder, config = run.folder / "ablations" / re.sub(r"\W+", "-", name), trained["config"] | ROWS[name]
         done[name] = results.cached(folder / "row.json", [config, data_hash], partial(train_row, folder, config, data_hash, pool, dev, test))
         gc.collect()

@@ -1,11 +1,12 @@
 """Question: which of the choices about new rows mattered, and how many texts does a token need?
 
 Every row is stage (a), the rows alone, with one thing changed, scored once on the uses of 04: later stages move everything and would hide
-it. Not numbered, because nothing depends on it; `make ablations` runs it. Interrupted, the same command goes on with the row it was at.
+it. Only further seeds go through all of them. Not numbered, because nothing depends on it; `make ablations` runs it. Interrupted, the same
+command goes on with the row it was at.
 
 Reads   the knobs and data of 01-04 of the same run
 Writes  results/<run>/task3_tokenizer/ablations.json, runs/<run>/task3_tokenizer/ablations/
-Needs   about 2 min a row, 30 min in all, 11 GB and 2 GB of disk on 2 cores
+Needs   about 2 min a row, 28 min in all, 11 GB and 2 GB of disk on 2 cores
 """
 
 import json
@@ -14,7 +15,6 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 from common import models, results, stats
@@ -42,11 +42,13 @@ PROFILES = {
         seeds=2,  # minutes become seconds
     ),
 }
+MIXED = "text without terms mixed in"  # as five more terms would be: does the model stop expecting a term everywhere?
 # name -> (way of adding the tokens, knobs of 03 changed); what 03 itself trained is the row they are compared with
 ROWS = {
     **{init: ("entry and merges", {"init": init}) for init in embeddings.INITS if init != "mean of pieces"},
     "tied": ("entry and merges", {"tied": True}),
     "AddedToken": ("AddedToken", {}),
+    MIXED: ("entry and merges", {}),
 }
 SEED = "all stages,"  # + "seed 1" and so on: that many more than the seed of 03
 TEXTS = {"smoke": (0, 2)}
@@ -58,17 +60,17 @@ def silent(**values):
     """No line per step: there would be hundreds."""
 
 
-def cached(folder: Path, mark: str, make, *given) -> dict:
-    """What `make(folder, *given)` returned, kept in `folder`.json as long as knobs, data and code stay; the folder it trains in is removed."""
-    cache = folder.with_suffix(".json")
-    if not (cache.exists() and json.loads(cache.read_text())["identity"] == mark):
-        results.write_atomic(cache, json.dumps({"identity": mark, **make(folder, *given)}))
-        shutil.rmtree(folder, ignore_errors=True)
-    return json.loads(cache.read_text())
+def kept(run, name: str, given: list, make, *arguments) -> dict:
+    """What `make(folder, *arguments)` returned, stored as results.cached says; the folder it trains in is removed."""
+    folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
+    found = results.cached(folder.with_suffix(".json"), given, partial(make, folder, *arguments))
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
 
 
 def one_row(folder, cfg, way, lexicon, rows, dev, scored):
-    """{"items"}: stage (a) with the knobs `cfg` and the tokens added in one of vocabulary.variants' ways, on the texts `scored` {kind: rows}."""
+    """{"items"}: stage (a) on the windows `rows` with the knobs `cfg` and the tokens added in one of vocabulary.variants' ways, then read on
+    the texts `scored` {kind: rows}."""
     tokenizer, splits, words = lexicon.new, lexicon.splits, list(lexicon.ids)
     if way != "entry and merges":
         # a plain AddedToken leaves the blank outside, and a word that is an entry without blank keeps that entry's id and row
@@ -76,7 +78,7 @@ def one_row(folder, cfg, way, lexicon, rows, dev, scored):
         splits = {task.ids_of(tokenizer, word)[-1]: task.ids_of(lexicon.old, word) for word in words}
     training.begin(cfg, folder / "init", tokenizer, splits, dev, "")
     batch = min(cfg.batch_size, len(words))
-    shown = training.in_turn(training.deal(cfg, rows)["a"], cfg.seed, batch)
+    shown = training.in_turn(rows, cfg.seed, batch)
     training.train_stage(cfg, folder / "init", folder / "a", tokenizer, sorted(splits), False, [], training.rates(cfg, "a", batch), shown, batch,
                          dev, "", silent)
     model = models.load_decoder(str(folder / "a"), "bf16")
@@ -107,8 +109,8 @@ def curve(run, config, data, lexicon, words, rows, dev, uses):
     rows, uses = ([row for row in part if row["term"] in words] for part in (rows, uses))
     source, table = run.artifact("03_train", "new/init"), []
     for texts in TEXTS.get(run.profile, CURVE):
-        found = cached(run.folder / "ablations" / f"texts-{texts}", training.identity(config, data, texts, words), one_point,
-                       SimpleNamespace(**config), texts, source, lexicon, words, rows, dev, uses)
+        found = kept(run, f"texts {texts}", [config, results.result_hash(data), words], one_point, SimpleNamespace(**config), texts, source,
+                     lexicon, words, rows, dev, uses)
         more = {"texts": texts, "steps": found["steps"], "terms": len(words), "windows_per_term": found["windows"] / len(words)}
         table += [row | more | {"table": "texts"} for row in task.rows_of({"uses": found["items"]}, "new a")]
         if len(looks := [c for c in found["looks"] if c is not None]) > 1:
@@ -126,8 +128,8 @@ def seed_rows(run, config, data, lexicon, names, measured, rows, dev):
         for arm, tokenizer, splits, ids in (("new", lexicon.new, lexicon.splits, sorted(lexicon.splits)),
                                             ("control", lexicon.old, {}, lexicon.pieces)):
             mark = partial(training.identity, knobs, data, arm)
-            trained[name][arm] = cached(run.folder / "ablations" / f"seed-{number}-{arm}", mark(), again, SimpleNamespace(**knobs), mark, tokenizer,
-                                        splits, ids, rows, dev, run)["items"]
+            trained[name][arm] = kept(run, f"seed {number} {arm}", [knobs, results.result_hash(data)], again, SimpleNamespace(**knobs), mark,
+                                      tokenizer, splits, ids, rows, dev, run)["items"]
             run.log(row=f"{arm}_c2_seed_{number}", bits_per_byte=task.rows_of({"uses": trained[name][arm]["uses"]}, arm)[0]["value"])
     for kind in measured["control c2"]:
         for name, arms in trained.items():
@@ -142,23 +144,22 @@ def main(run):
     cfg, data, trained = run.cfg, run.load("01_data"), run.load("03_train")
     run.load("04_eval")
     config, seeds = trained["config"], [f"{SEED} seed {k}" for k in range(1, cfg.seeds + 1)]
-    possible = [*ROWS, CURVE_ROW, *seeds]
-    names = [n.strip() for n in cfg.only.split(";")] if cfg.only else possible
-    if unknown := [n for n in names if n not in possible]:
-        raise SystemExit(f"only={cfg.only!r}: no row {unknown[0]!r}; rows: {'; '.join(possible)}")
+    names = results.chosen(cfg.only, [*ROWS, CURVE_ROW, *seeds])
     was_tied = next(r["value"] for r in run.load("02_baseline")["rows"] if r["metric"] == "tied")
     impossible = {"tied"} if config["tied"] or not was_tied else set()
     impossible |= {"last and first piece", "weighted pieces"} if config["tied"] else set()
     lexicon = task.lexicon(cfg.model, run.artifact("01_data", "terms.json"))
-    rows, dev, uses, texts = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev", "uses", "texts"))
+    rows, plain, dev, uses, texts = (results.read_rows(run.artifact("01_data", f"{name}.jsonl"))
+                                     for name in ("train", "plain", "dev", "uses", "texts"))
     measured = json.loads(run.artifact("04_eval", "items.json").read_text())
     free = "free" if "free" in measured["new a"] else "general"
     scored = {"uses": uses, "free": [row for row in texts if row["set"] == free]}
     done = {"as in 03": {"uses": measured["new a"]["uses"], "free": measured["new a"][free]}}
     for name in (n for n in names if n in ROWS and n not in impossible):
         way, changed = ROWS[name]
-        folder, knobs = run.folder / "ablations" / re.sub(r"\W+", "-", name), config | changed
-        done[name] = cached(folder, training.identity(knobs, data, name), one_row, SimpleNamespace(**knobs), way, lexicon, rows, dev, scored)["items"]
+        knobs = SimpleNamespace(**config | changed)
+        shown = training.deal(knobs, rows)["a"] + [row | {"term": f"none {k % 5}"} for k, row in enumerate(plain) if name == MIXED]
+        done[name] = kept(run, name, [vars(knobs), results.result_hash(data)], one_row, knobs, way, lexicon, shown, dev, scored)["items"]
         spent = sum(i["nats"] for i in done[name]["uses"]) / sum(i["bytes"] for i in done[name]["uses"])
         run.log(row=name.replace(" ", "_"), nats_per_byte=spent)
     table = []

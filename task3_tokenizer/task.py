@@ -40,10 +40,10 @@ class Config:
     seed: int = 0
     # Texts scored at once, sorted by length. Part of the measurement: in bf16 a score can move in the third digit with it.
     eval_batch_size: int = 16
-    # Uses of each term scored in held-out texts: 16 x 20 put the interval of a difference at about +-0.01 bits a byte.
-    n_uses: int = 16
+    # Uses of each term scored in held-out texts: 14 x 20 put the interval of a difference at about +-0.005 bits a byte.
+    n_uses: int = 14
     # Other texts scored of each kind (any held-out text, text without a term, general English), 180 characters each.
-    n_texts: int = 80
+    n_texts: int = 60
 
 
 # Sizes that differ by profile; a script's own PROFILES come on top.

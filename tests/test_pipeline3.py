@@ -96,10 +96,10 @@ def test_killed_and_resumed_training_equals_uninterrupted(repo, own, whole):
 
 def test_ablation_rows_take_the_other_ways(repo, own, whole):
     done = run(repo, "ablations", "--run", "whole3", *own, "seeds=2",
-               "only=tied;AddedToken;texts per token;all stages, seed 1;all stages, seed 2")
+               "only=tied;AddedToken;text without terms mixed in;texts per token;all stages, seed 1;all stages, seed 2")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = rows_of(repo, "whole3", "ablations")
-    assert {r["model"] for r in rows if r["table"] == "ablation"} == {"as in 03", "tied", "AddedToken"}
+    assert {r["model"] for r in rows if r["table"] == "ablation"} == {"as in 03", "tied", "AddedToken", "text without terms mixed in"}
     assert {r["texts"] for r in rows if r["table"] == "texts"} == {0, 2}
     seeds = {(r["model"], r["seed"]): r["value"] for r in rows if r["table"] == "seeds" and r["kind"] == "uses"}
     assert len(seeds) == 9 and len({value for (model, _), value in seeds.items() if model == "new"}) == 3
