@@ -47,6 +47,7 @@ PROFILES = {
     "gpu": dict(
         n_terms=48,  # seconds more each
         n_windows=1000,  # as many as there are
+        least_texts=50,  # the assignment's lower bound: the more windows, the more of them are near copies of another
         n_known=16,  # seconds more each
         n_plain=500,  # five terms' worth of stage (a) here
     ),
