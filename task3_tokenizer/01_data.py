@@ -2,7 +2,7 @@
 
 Reads   docstrings of the installed packages (or DATA=: JSONL/CSV/Parquet/hub id with `text`), and terms.csv beside this script
 Writes  results/<run>/task3_tokenizer/01_data.json and runs/<run>/task3_tokenizer/{terms.json,train,plain,dev,uses,texts,known}.jsonl
-Needs   about 20 s and 1 GB; 40 s if the corpus is not yet parsed
+Needs   about 30 s and 1 GB; 70 s if the corpus is not yet parsed
 """
 
 import csv

@@ -5,7 +5,7 @@ one with a fresh optimizer: (a) rows only, (b) input embedding and output head, 
 
 Reads   runs/<run>/task3_tokenizer/{terms.json,train,dev,known}.jsonl of 01
 Writes  results/<run>/task3_tokenizer/03_train.json, runs/<run>/task3_tokenizer/{new,control}/{init,a,b,c1,c2}/ (plain checkpoints), known/
-Needs   about 9 min and 11 GB on 2 cores, 3 GB of disk; interrupted (Ctrl-C, kill, power), the same command goes on with the stage it was in
+Needs   about 7 min and 11 GB on 2 cores, 3 GB of disk; interrupted (Ctrl-C, kill, power), the same command goes on with the stage it was in
 """
 
 from collections import Counter

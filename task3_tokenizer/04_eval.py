@@ -5,7 +5,7 @@ the same stages spelled as before; against the untrained base alone, all trainin
 
 Reads   items_base.json of 02, {new,control}/ and known/ of 03
 Writes  results/<run>/task3_tokenizer/04_eval.json, runs/<run>/task3_tokenizer/{items.json,cards.md}
-Needs   about 6.7 min and 5 GB on 2 cores
+Needs   about 5 min and 8 GB on 2 cores
 """
 
 import gc
