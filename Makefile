@@ -28,13 +28,13 @@ endif
 .NOTPARALLEL:
 .PHONY: all task1 task2 task3 ablations report check test lint smoke setup help clean FORCE
 
-all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 35 min on 2 cores after set-up
+all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 33 min on 2 cores after set-up
 
-task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (12 min on 2 cores)
+task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (11 min on 2 cores)
 
-task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (8 min on 2 cores)
+task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (7 min on 2 cores)
 
-task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (16 min on 2 cores)
+task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (15 min on 2 cores)
 
 ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (75 min on 2 cores)
 

@@ -32,7 +32,7 @@ class Config(task.Config):
     n_known: int = 8
     # Uses of each term for the dev score after every stage.
     n_dev: int = 2
-    # Windows without any term for the row of `make ablations` that mixes them in: as many as stage (a) has of five terms.
+    # Windows without any term for the row of `make ablations` that mixes them in: as many as stage (a) has of five terms, a fifth of all there.
     n_plain: int = 120
 
 
@@ -46,10 +46,10 @@ PROFILES = {
     "cpu": dict(),
     "gpu": dict(
         n_terms=48,  # seconds more each
-        n_windows=1000,  # as many as there are
+        n_windows=1000,  # all there are, but for one term
         least_texts=50,  # the assignment's lower bound: the more windows, the more of them are near copies of another
         n_known=16,  # seconds more each
-        n_plain=500,  # five terms' worth of stage (a) here
+        n_plain=500,  # a third of the windows of that row here
     ),
 }
 

@@ -54,7 +54,7 @@ PROFILES = {
     ),
     "cpu": dict(),
     "gpu": dict(
-        n_uses=20,  # every accepted term has as many
+        n_uses=20,  # nearly every accepted term has as many
         n_texts=400,  # seconds on a GPU
         eval_batch_size=64,  # keeps it busy
     ),

@@ -21,7 +21,7 @@ HEAD = "term,anchors,negative_anchors,definition\n"
 
 @pytest.fixture(scope="module")
 def own(repo, tiny_model_folder):
-    """Arguments for 240 texts of random words around three terms, a list of these terms, and a tiny model."""
+    """Arguments for 240 texts of random words around three terms and ten without, a list of these terms, and a tiny model."""
     rng, rows = random.Random(0), []
     common = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin", "yellow", "quiet", "table"]
     for i in range(240):
@@ -29,6 +29,7 @@ def own(repo, tiny_model_folder):
         words.insert(rng.randrange(4, 16), WORDS[i % 3])
         rows.append({"text": " ".join(words), "split": ("train", "train", "test", "train", "dev")[i // 3 % 5]})
     rows.append({"text": "one text alone has the word Snarkblat in it, and that is not enough", "split": "train"})
+    rows += [{"text": " ".join(rng.choice(common) for _ in range(18)), "split": "train"} for _ in range(9)]
     (repo / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (repo / "mine.csv").write_text(HEAD + "Zorbex,river stone,paper,a thing\nflumquatish,,,\nкрипта,,,деньги\n")
     return ["--model", str(tiny_model_folder), "--data", str(repo / "texts.jsonl"), *TRAIN, f"terms={repo / 'mine.csv'}"]
@@ -49,6 +50,11 @@ def test_own_texts_run_through_all_four_steps(repo, whole):
     frozen = {(r["model"], r["stage"]): r["value"] for r in rows_of(repo, "whole3", "03_train") if r["metric"] == "output_rows_identical"}
     assert {r["stage"] for r in rows if r["table"] == "leak"} == {"init", "a", "c2"}
     assert frozen["new", "a"] and frozen["control", "a"] and not frozen["new", "b"]
+
+
+def test_the_windows_without_terms_have_none(whole):
+    texts = [json.loads(line)["text"] for line in (whole / "plain.jsonl").read_text().splitlines()]
+    assert len(texts) == 10 and not any(word in text for word in WORDS for text in texts)
 
 
 def test_the_last_checkpoint_opens_in_a_fresh_process_and_gives_what_04_stored(repo, whole):
