@@ -54,7 +54,7 @@ def test_own_texts_run_through_all_four_steps(repo, whole):
 
 def test_the_windows_without_terms_have_none(whole):
     texts = [json.loads(line)["text"] for line in (whole / "plain.jsonl").read_text().splitlines()]
-    assert len(texts) == 10 and not any(word in text for word in WORDS for text in texts)
+    assert len(texts) == 5 and not any(word in text for word in WORDS for text in texts)  # as many as the profile asks for, out of ten
 
 
 def test_the_last_checkpoint_opens_in_a_fresh_process_and_gives_what_04_stored(repo, whole):
