@@ -218,7 +218,7 @@ def cost(found: Found, task: str, title: str) -> str:
     if run is None:
         return "not run"
     steps = [[s, number(r["cost"]["seconds"] / 60, 1), number(r["cost"]["peak_memory_bytes"] / 2**30, 2), number(r["cost"]["tokens_per_second"], 0)]
-             for (n, t, s), r in found.items() if (n, t) == (run, task)]
+             for (n, t, s), r in found.items() if (n, t) == (run, task) and s in STEPS]  # resumable, ablations has no time of its own
     facts = [r for step, name in (("02_baseline", "size"), ("03_train", "training")) for r in shown(found, task, step).all(table=name)]
 
     def value(r):
