@@ -7,9 +7,13 @@ that autocast would undo). Alternating; prints pairs per second of each and the 
     python bench/bench_encoder.py [steps each time, default 12]
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
 import json
 import shutil
-import sys
 import time
 from types import SimpleNamespace
 

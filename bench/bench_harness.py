@@ -4,6 +4,10 @@
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
 import time
 
 from lm_eval.models.huggingface import HFLM
@@ -19,7 +23,7 @@ class Stock(harness.HarnessLM):
 
 
 def main(n: int) -> None:
-    tokenizer, model = models.load_tokenizer("embedded-135m"), models.load_decoder("embedded-135m", "nf4")
+    tokenizer, model = models.load_tokenizer("embedded-135m"), models.load_decoder("embedded-135m", "nf4", "auto", True)
     choice = results.ROOT / "runs" / "cpu" / "task1_decoder" / "choice.jsonl"
     if not choice.exists():
         raise SystemExit(f"{results.shown(choice)} is missing: make task1")

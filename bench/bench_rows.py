@@ -7,8 +7,12 @@ far the losses of the same steps are apart.
     python bench/bench_rows.py [steps each time, default 6]
 """
 
-import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+import json
 from types import SimpleNamespace
 
 from common import models, results  # models before anything that loads bitsandbytes: it keeps that quiet
@@ -22,7 +26,7 @@ from task3_tokenizer import embeddings, task, training
 
 
 def once(cfg, source, tokenizer, ids, rows, batch, peer: bool) -> dict:
-    model = models.load_decoder(str(source), "bf16")
+    model = models.load_decoder(str(source), models.compute_name(cfg.compute))
     model.config.use_cache = False
     if peer:
         model = get_peft_model(model, TrainableTokensConfig(target_modules=["embed_tokens", "lm_head"], token_indices=ids))
@@ -39,7 +43,7 @@ def main(steps: int) -> None:
     if not (folder / "new" / "init" / "stage.json").exists():
         raise SystemExit(f"{results.shown(folder / 'new' / 'init')} is missing: make task3")
     cfg = SimpleNamespace(**json.loads((results.ROOT / "results/cpu/task3_tokenizer/03_train.json").read_text())["config"] | {"log_every": 1})
-    lexicon = task.lexicon(cfg.model, folder / "terms.json")
+    lexicon = task.lexicon(cfg.model, folder / "terms.json", folder / "tokenizer")
     rows = training.in_turn(results.read_rows(folder / "train.jsonl"), 0, cfg.batch_size, 10)[:steps * cfg.batch_size]
     found: dict[str, list[dict]] = {"PEFT": [], "ours": []}
     for turn in range(2):

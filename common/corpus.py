@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import results
+from common import hub, results
 
 # import name -> distribution name; "stdlib" is this interpreter's own library.
 # Whole packages are held out, so a gain is a gain on code whose package was never seen in training.
@@ -253,10 +253,10 @@ def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: 
         if not path.is_file():
             raise SystemExit(f"DATA={source}: no such file; expected JSONL, CSV or Parquet with columns {expected}")
         rows = _parse_file_rows(path, source)
-    elif source.count("/") == 1 and not path.exists() and not source.startswith((".", "~")):
+    elif hub.is_id(source):
         rows = _hub_rows(source)
     else:
-        raise SystemExit(f"DATA={source}: expected 'corpus', a .jsonl, .csv or .parquet file, or a hub id owner/name")
+        raise SystemExit(f"DATA={source}: expected 'corpus', a .jsonl, .csv or .parquet file, or a hub id owner/name[@revision]")
     if not rows:
         raise SystemExit(f"DATA={source}: no rows; expected columns {expected}")
     columns = next((c for c in alternatives if set(c) <= set(rows[0])), None)
@@ -300,10 +300,10 @@ def _parse_file_rows(path: Path, source: str) -> list[dict]:
 
 
 def _hub_rows(source: str) -> list[dict]:
-    from huggingface_hub import HfApi
-    try:
-        HfApi().dataset_info(source, timeout=5)
-    except Exception as err:
-        raise SystemExit(f"DATA={source}: the hub did not give it ({type(err).__name__}); use DATA=corpus or a local file") from None
     import datasets
-    return datasets.load_dataset(source, split="train").to_list()
+    folder, commit = hub.fetch(source, "dataset", "DATA=corpus or a local file")
+    try:
+        return datasets.load_dataset(str(folder), split="train").to_list()
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as err:
+        said = " ".join(str(err.__cause__ or err).split())  # no such split, several configurations, a damaged file
+        raise SystemExit(f"DATA={source}: commit {commit[:12]} has no usable split 'train': {said}") from None

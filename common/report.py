@@ -62,7 +62,7 @@ class Rows:
     """Look-up of long-form rows: all(table=..., model=...) in stored order, one(...) or None."""
 
     def __init__(self, result: dict | None):
-        self.rows = result["rows"] if result else []
+        self.rows, self.config = (result["rows"], result["config"]) if result else ([], {})
 
     def all(self, **want) -> list[dict]:
         return [r for r in self.rows if all(r.get(k) == v for k, v in want.items())]
@@ -315,7 +315,8 @@ def problems(found: Found) -> list[str]:
                     out.append(f"{results.shown(path)}: knob {name!r} ({origin}) has no reason in a comment beside or above it")
     for key in found:
         if reason := results.changed(path_of(*key)):
-            out.append(f"{results.shown(path_of(*key))} is stale ({reason}): {results.command(path_of(*key))}")
+            remedy = results.command(path_of(*key), found[key]["profile"], found[key]["settings"])
+            out.append(f"{results.shown(path_of(*key))} is stale ({reason}): {remedy}")
     text = REPORT.read_text(encoding="utf-8")
     if render(text, found) != text:
         out.append("report.md is out of date: make report")

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,8 +36,12 @@ import time
 import tokenize
 from pathlib import Path
 
+from common import hub
+
 ROOT = Path(__file__).resolve().parent.parent
-PLUMBING = {"common/results.py", "common/report.py", "common/__init__.py"}  # rendering and storing never change a number
+# storing, rendering and downloading never change a number
+PLUMBING = {"common/results.py", "common/report.py", "common/hub.py", "common/__init__.py"}
+FACTS: dict = {}  # what this process chose by itself (dtype, threads): part of every result's `env`
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only the first process prints and writes results
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "sentence-transformers",
             "tokenizers", "numpy", "scipy", "scikit-learn")
@@ -78,14 +86,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path) -> dict:
-    """A stored result. SystemExit if it is missing or cut short."""
+def read(path: Path, remedy: str = "") -> dict:
+    """A stored result. SystemExit with the command that makes it (`remedy`) if it is missing or cut short."""
+    remedy = remedy or command(path, "", {})
     if not path.exists():
-        raise SystemExit(f"{shown(path)} is missing: {command(path)}")
+        raise SystemExit(f"{shown(path)} is missing: {remedy}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err:
-        raise SystemExit(f"{shown(path)} is cut short or not JSON ({err}): delete it, then {command(path)}") from None
+        raise SystemExit(f"{shown(path)} is cut short or not JSON ({err}): delete it, then {remedy}") from None
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -94,11 +103,16 @@ def read_rows(path: Path) -> list[dict]:
         return [json.loads(line) for line in stream]
 
 
-def command(path: Path) -> str:
-    """The make command that builds results/<run>/<task>/<step>.json."""
+def command(path: Path, profile: str, settings: dict[str, str]) -> str:
+    """The make command that builds results/<run>/<task>/<step>.json with these arguments."""
     run, task = path.parent.parent.name, "ablations" if path.stem == "ablations" else path.parent.name
-    profile = "" if run == "cpu" else f" PROFILE={run}" if run in ("smoke", "gpu") else f" RUN={run}"
-    return f"make {task.split('_')[0]}{profile}"
+    profile = profile or (run if run in ("smoke", "gpu") else "cpu")
+    words = [f"make {task.split('_')[0]}"]
+    words += [f"PROFILE={profile}"] if profile != "cpu" else []
+    words += [f"RUN={run}"] if run != profile or settings else []
+    words += [f"{name.upper()}={shlex.quote(settings[name])}" for name in ("model", "data", "terms") if name in settings]
+    rest = [f"{k}={v}" if shlex.quote(v) == v else f"'{k}={v}'" for k, v in settings.items() if k not in ("model", "data", "terms")]
+    return " ".join(words + ([f'SET="{" ".join(rest)}"'] if rest else []))
 
 
 # ---------------------------------------------------------------------------------------------------------------- hashes
@@ -178,55 +192,77 @@ def knobs(path: Path) -> dict[str, dict]:
     return found
 
 
-def known_knobs(folder: Path) -> dict[str, set[str]]:
-    """{file stem: knob names} of a task; what task.py declares is shared by its scripts."""
-    own = {path.stem: set(knobs(path)) for path in sorted(folder.glob("*.py"))}
-    return {stem: names | own.get("task", set()) for stem, names in own.items() if stem != "task"}
+def known_knobs(folder: Path) -> dict[str, dict[str, dict]]:
+    """{file stem: its knobs, as from `knobs`} of a task; what task.py declares is shared by its scripts."""
+    own = {path.stem: knobs(path) for path in sorted(folder.glob("*.py"))}
+    return {stem: own.get("task", {}) | found for stem, found in own.items() if stem != "task"}
 
 
-def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Namespace:
-    """Arguments every step shares. `settings` keeps only this step's knobs; a knob no step of the task has is an error."""
+def value_of(name: str, text: str, default):
+    """The value that `text` gives to a knob, in the type of its default. SystemExit if it is none, negative or not a number."""
+    kind = type(default)
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if kind in (int, float) and not (math.isfinite(value) and value >= 0):
+            raise ValueError
+    except (ValueError, KeyError):
+        wanted = {bool: "true or false", int: "a whole number, 0 or more", float: "a number, 0 or more"}[kind]
+        raise SystemExit(f"knob {name}={text!r}: expected {wanted}") from None
+    return value
+
+
+def parse_arguments(argv: list[str], script: Path, doc: str | None = None) -> argparse.Namespace:
+    """Arguments every step shares. `settings` keeps only this step's knobs: those of other steps and tasks are no error, so
+    that one SET serves `make`; what no step has is one. Values are checked against the types in the source, which needs no import."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=shown(script), description=doc, formatter_class=formatter)
     parser.add_argument("--profile", default="cpu", help="smoke, cpu (default) or gpu")
     parser.add_argument("--run", help="name of the results folder (default: the profile's name)")
-    parser.add_argument("--model", help="embedded-135m, a model folder or a hub id")
-    parser.add_argument("--data", help="corpus, a JSONL/CSV/Parquet file or a hub id")
+    parser.add_argument("--model", help="an embedded model, a model folder or a hub id owner/name[@revision]")
+    parser.add_argument("--data", help="corpus, a JSONL/CSV/Parquet file or a hub id owner/name[@revision]")
     parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="any knob of the task's scripts")
     args = parser.parse_args(argv)
     settings = {}
     for text in args.set:
         name, equals, value = text.partition("=")
         if not equals:
-            raise SystemExit(f"--set {text!r}: expected KNOB=VALUE")
+            raise SystemExit(f"--set {text!r}: expected KNOB=VALUE; a value with blanks in quotes: SET=\"'knob=two words'\"")
         settings[name] = value
     settings.update({name: getattr(args, name) for name in ("model", "data") if getattr(args, name)})
-    steps = known_knobs(script.parent)
-    everything = sorted(set().union(*steps.values()))
+    own = known_knobs(script.parent)
+    others = [known_knobs(folder) for folder in script.parent.parent.glob("task[0-9]_*") if folder != script.parent]
+    everything = sorted({name for task in (own, *others) for step in task.values() for name in step})
     for name in settings:
         if name not in everything:
             near = difflib.get_close_matches(name, everything, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"knobs of {script.parent.name}: {', '.join(everything)}"
+            mine = sorted({name for step in own.values() for name in step})
+            hint = f"did you mean {near[0]!r}?" if near else f"knobs of {script.parent.name}: {', '.join(mine)}"
             raise SystemExit(f"unknown knob {name!r}: {hint}")
     args.run = args.run or args.profile
     if not re.fullmatch(r"[A-Za-z0-9._-]+", args.run) or args.run.startswith("."):
         raise SystemExit(f"RUN={args.run!r} is a folder name: letters, digits, '.', '_' and '-' only")
-    args.settings = {name: value for name, value in sorted(settings.items()) if name in steps[script.stem]}
+    declared = own[script.stem]
+    args.settings = {name: value for name, value in sorted(settings.items()) if name in declared}
+    for name, text in args.settings.items():
+        with contextlib.suppress(ValueError):  # a default that is no literal is text
+            value_of(name, text, ast.literal_eval(declared[name]["value"]))
+    profiles = [ast.literal_eval(key) for node in ast.parse(script.read_text(encoding="utf-8")).body
+                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROFILES" for key in node.value.keys]
+    if args.profile not in profiles:
+        raise SystemExit(f"unknown profile {args.profile!r}: choose one of {', '.join(profiles)}, as in make task1 PROFILE=cpu")
     return args
+
+
+def check_arguments(file: str, doc: str) -> None:
+    """Called by a script before its large imports: wrong arguments and --help are answered at once."""
+    parse_arguments(sys.argv[1:], Path(file).resolve(), doc)
 
 
 def configure(config_class, profiles: tuple[dict, ...], profile: str, settings: dict):
     """The step's Config: defaults, then the profile's overrides (shared ones first), then settings; prints what differs."""
-    if profile not in profiles[-1]:
-        raise SystemExit(f"unknown profile {profile!r}: choose one of {', '.join(profiles[-1])}, as in make task1 PROFILE=cpu")
-    types = {field.name: type(field.default) for field in dataclasses.fields(config_class)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     chosen = {name: (value, f"profile {profile}") for overrides in profiles for name, value in overrides[profile].items()}
-    for name, text in settings.items():
-        try:
-            value = {"true": True, "false": False}[text.lower()] if types[name] is bool else types[name](text)
-        except (ValueError, KeyError):
-            raise SystemExit(f"knob {name}={text!r}: expected {types[name].__name__}") from None
-        chosen[name] = (value, "command line")
+    chosen |= {name: (value_of(name, text, defaults[name]), "command line") for name, text in settings.items()}
     for name, (value, origin) in chosen.items():
         print(f"  {name}={value!r} ({origin})")
     return dataclasses.replace(config_class(), **{name: value for name, (value, _) in chosen.items()})
@@ -257,6 +293,7 @@ class Run:
 
     def __init__(self, args, script: Path, config):
         self.profile, self.name, self.settings, self.cfg = args.profile, args.run, args.settings, config
+        self.remedy = command(ROOT / "results" / args.run / script.parent.name / f"{script.stem}.json", args.profile, args.settings)
         self.task, self.step = script.parent.name, script.stem
         self.folder = ROOT / "runs" / self.name / self.task  # weights, predictions, caches: git-ignored
         self.result_path = ROOT / "results" / self.name / self.task / f"{self.step}.json"
@@ -266,7 +303,12 @@ class Run:
     def load(self, step: str) -> dict:
         """An upstream result of this run; its hash becomes an input. SystemExit if missing, cut short, or of other knobs."""
         path = self.result_path.with_name(f"{step}.json")
-        result = read(path)
+        result = read(path, self.remedy)
+        for name, commit in self.hub_commits().items():
+            if result["inputs"].get(name, commit) != commit:
+                source = name.rpartition(":")[2].partition("@")[0]
+                raise SystemExit(f"{shown(path)} was made with {source} at commit {result['inputs'][name]}, this machine now has "
+                                 f"{commit}: name one, as in {source}@{commit[:12]}, or take another RUN= name")
         for name, value in dataclasses.asdict(self.cfg).items():
             if result["config"].get(name, value) != json.loads(json.dumps(value)):
                 raise SystemExit(f"{shown(path)} was made with {name}={result['config'][name]!r}, this step has {value!r}: "
@@ -278,8 +320,14 @@ class Run:
         """A file or folder that an upstream step left under runs/. SystemExit if it is not there."""
         path = self.folder / name
         if not path.exists():
-            raise SystemExit(f"{shown(path)} is missing (made by {step}): {command(self.result_path)}")
+            raise SystemExit(f"{shown(path)} is missing (made by {step}): {self.remedy}")
         return path
+
+    def hub_commits(self) -> dict[str, str]:
+        """{"hub:model:owner/name": commit} of what this step takes from a hub, as far as it is on this machine yet."""
+        sources = [(kind, getattr(self.cfg, knob, "")) for knob, kind in (("model", "model"), ("data", "dataset"))]
+        commits = {f"hub:{kind}:{source}": hub.cached_revision(source, kind) for kind, source in sources if hub.is_id(source)}
+        return {name: commit for name, commit in commits.items() if commit}
 
     def track(self, path: Path) -> Path:
         """Make a data file that this step reads part of its freshness."""
@@ -295,7 +343,7 @@ class Run:
         seconds = time.time() - self.started
         result = {"run": self.name, "profile": self.profile, "task": self.task, "step": self.step, "status": "ok",
                   "settings": self.settings, "config": dataclasses.asdict(self.cfg), "rows": rows,
-                  "inputs": {**imported_modules(), **self.inputs},
+                  "inputs": {**imported_modules(), **self.inputs, **self.hub_commits()},
                   "artifacts": {name: sha256(self.folder / name) for name in artifacts}, "env": environment(),
                   "cost": {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(),
                            "tokens_per_second": tokens_per_second}}
@@ -315,14 +363,41 @@ def start(main, config_class, *profiles: dict) -> None:
         print(f"{script.parent.name}/{script.stem} profile={args.profile} run={args.run}", flush=True)
         if not sys.stderr.isatty():
             hush()
-        main(Run(args, script, configure(config_class, profiles, args.profile, args.settings)))
+        run = Run(args, script, configure(config_class, profiles, args.profile, args.settings))
+        with only_one(run):
+            main(run)
     except KeyboardInterrupt:
         raise SystemExit(f"\n{script.stem} interrupted; nothing half-written. The same command goes on from the last "
                          "checkpoint, if there is one") from None
     except Exception as err:
         if getattr(err, "errno", None) == errno.ENOSPC or "No space left on device" in str(err):
             raise SystemExit(f"disk full in {script.stem}: free some space under runs/, then repeat the command") from None
+        if type(err).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+            raise SystemExit(f"{script.stem} ran out of the accelerator's memory: SET='eval_batch_size=.. rows_per_pass=..' lower, or a smaller "
+                             f"MODEL= ({str(err).split('.')[1].strip()})") from None
+        if getattr(err, "errno", None) in (errno.EROFS, errno.EACCES):
+            raise SystemExit(f"{script.stem} may not write {shown(err.filename)}: make runs/ and results/ writable") from None
         raise
+
+
+@contextlib.contextmanager
+def only_one(run: Run):
+    """The right to write runs/<run>/<task>, until the process ends, however it ends. SystemExit if another process has it."""
+    if not MAIN_PROCESS:
+        yield
+        return
+    path = ROOT / "runs" / ".locks" / f"{run.name}-{run.task}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SystemExit(f"{shown(run.folder)} is being written by {file.read()}: wait until it ends, or take another RUN= name") from None
+        file.truncate(0)
+        file.write(f"{run.step}, process {os.getpid()}, since {time.strftime('%H:%M')}")
+        file.flush()
+        yield
 
 
 def hush() -> None:
@@ -335,7 +410,7 @@ def hush() -> None:
 
 def environment() -> dict:
     """Versions, device and commit of this process."""
-    env = {"python": platform.python_version()}
+    env = {"python": platform.python_version(), **FACTS}
     for package in PACKAGES:
         try:
             env[package] = importlib.metadata.version(package)
@@ -378,6 +453,10 @@ def changed(path: Path, args=None) -> str | None:
         return f"asked for profile={args.profile} {args.settings}, stored is profile={result['profile']} {result['settings']}"
     for name, old in inputs.items():
         kind, _, rest = name.rpartition(":")
+        if kind.startswith("hub:"):  # what this machine has of it; a clone without it keeps its results
+            if (now := hub.cached_revision(rest, kind.removeprefix("hub:"))) not in (None, old):
+                return f"{rest} is at commit {now[:12]}, was {old[:12]}"
+            continue
         source = path.with_name(f"{rest}.json") if kind == "step" else Path(rest) if Path(rest).is_absolute() else ROOT / rest
         if kind == "step" and (reason := changed(source)):
             return f"{rest} is stale ({reason})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.stats
 
-RESAMPLES = 9999  # Monte-Carlo error of a 95 % bound is then about 1 % of the interval's width; p has a floor of 1e-4
+RESAMPLES = 9999  # Monte-Carlo error of a 95 % bound is then about 1 % of the interval's width; p has a floor of 2e-4
 SEED = 0  # fixed: the same items give the same interval, so a report can be rendered twice
 
 

@@ -25,7 +25,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 def share(batch_size: int) -> int:
     """Rows of a global batch that one process sees. SystemExit if they cannot be dealt out evenly."""
     if batch_size % PROCESSES:
-        raise SystemExit(f"batch_size={batch_size} cannot be dealt to {PROCESSES} processes: choose a multiple")
+        raise SystemExit(f"batch_size={batch_size} cannot be split among {PROCESSES} processes: choose a multiple")
     return batch_size // PROCESSES
 
 
@@ -67,6 +67,8 @@ def open_checkpoints(folder: Path, identity: list) -> tuple[str | None, Path]:
                 if not (state.exists() and state.read_text().rstrip().endswith("}")):
                     shutil.rmtree(checkpoint)
         last = get_last_checkpoint(str(folder))
+        if last and results.MAIN_PROCESS:
+            print(f"resuming from step {last.rsplit('-', 1)[1]} ({results.shown(folder)})", flush=True)
         if results.MAIN_PROCESS:
             done = int(last.rsplit("-", 1)[1]) if last else -1  # readings after the checkpoint will be written again
             kept = [h for h in results.read_rows(log) if h["step"] <= done] if log.exists() else []

@@ -1,12 +1,16 @@
 """Where models come from, and that 4-bit layers keep their gradients."""
 
+import subprocess
+import sys
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from common import models
+from common import models, results
+from tests.conftest import environment
 
 
 def lora_gradients(model, evaluate_first: bool):
@@ -23,7 +27,7 @@ def lora_gradients(model, evaluate_first: bool):
 
 def quantised(folder):
     torch.manual_seed(0)
-    model = get_peft_model(models.load_decoder(str(folder), "nf4"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    model = get_peft_model(models.load_decoder(str(folder), "nf4", "bf16", True), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)  # at its initial zero, lora_A would have no gradient either way
@@ -51,9 +55,44 @@ def test_without_the_guard_an_evaluation_corrupts_gradients(tiny_model_folder):
     assert len(off) > len(right) / 2
 
 
+@pytest.mark.parametrize(("kind", "capability", "expected"), [
+    ("cuda", True, "bf16"), ("cuda", False, "fp16"), ("mps", True, "bf16"), ("mps", False, "fp32"), ("cpu", False, "fp32")])
+def test_arithmetic_is_what_the_hardware_has(monkeypatch, kind, capability, expected):
+    """A T4 has no bf16 but emulates it; a CPU without AVX512-BF16 or AMX neither."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or capability)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: capability)
+    monkeypatch.setattr(models.platform, "machine", lambda: "x86_64")
+    assert models.native_dtype(kind) == expected
+
+
+def test_a_cpu_limited_to_avx2_computes_in_fp32():
+    """What decides is what oneDNN may use, not what is printed on the processor."""
+    code = "from common import models; print(models.native_dtype('cpu'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, capture_output=True, text=True, check=True,
+                          env=environment(results.ROOT) | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"})
+    assert done.stdout.split() == ["fp32"]
+
+
+@pytest.mark.parametrize(("precision", "compute", "word"), [("NF4", "auto", "precision='NF4'"), ("nf4", "half", "compute='half'")])
+def test_an_unknown_number_format_is_refused(tiny_model_folder, precision, compute, word):
+    with pytest.raises(SystemExit, match=word):
+        models.load_decoder(str(tiny_model_folder), precision, compute, True)
+
+
+def test_four_bits_are_never_loaded_by_an_unsaid_rule(tiny_model_folder):
+    with pytest.raises(TypeError, match="double_quant"):
+        models.load_decoder(str(tiny_model_folder), "nf4")
+    single, double = (models.load_decoder(str(tiny_model_folder), "nf4", "fp32", choice) for choice in (False, True))
+    layer = [model.model.layers[0].mlp.up_proj.weight.quant_state for model in (single, double)]
+    assert [state.nested for state in layer] == [False, True]
+    assert all(state.quant_type == "nf4" and state.dtype == torch.float32 for state in layer)
+
+
 def test_size_counts_parameters_not_packed_bytes(tiny_model_folder):
     """2 layers x (64x64 q + 2 x 32x64 kv + 64x64 o + 3 x 64x128 MLP) = 73,728 linear weights at about 4.1 bits; the rest in bf16."""
-    plain, packed = (models.size(models.load_decoder(str(tiny_model_folder), p)) for p in ("bf16", "nf4"))
+    plain, packed = (models.size(models.load_decoder(str(tiny_model_folder), p, "bf16", True)) for p in ("bf16", "nf4"))
     assert plain["parameters"] == packed["parameters"] and plain["bytes"] == 2 * plain["parameters"]
     saved = plain["bytes"] - packed["bytes"]
     assert 2 * 73_728 * 0.55 < saved < 2 * 73_728 * 0.75

@@ -39,7 +39,7 @@ if __name__ == "__main__":
 def toy(tmp_path):
     """A repository of one task with three steps, 03 reading 02 reading 01; runs each and returns its root."""
     (tmp_path / "common").mkdir()
-    for name in ("__init__.py", "results.py"):
+    for name in ("__init__.py", "results.py", "hub.py"):
         (tmp_path / "common" / name).write_text((results.ROOT / "common" / name).read_text())
     task = tmp_path / "task9_toy"
     task.mkdir()
@@ -132,7 +132,8 @@ def test_half_a_result_is_stale_and_refused_as_input(toy):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--set", "scael_01_a=3"], ["unknown knob 'scael_01_a'", "did you mean 'scale_01_a'"]),
-    (["--set", "scale_01_a=much"], ["scale_01_a='much'", "expected int"]),
+    (["--set", "scale_01_a=much"], ["scale_01_a='much'", "expected a whole number"]),
+    (["--set", "scale_01_a=-3"], ["scale_01_a='-3'", "0 or more"]),
     (["--set", "scale_01_a"], ["expected KNOB=VALUE"]), (["--profile", "cpuu"], ["unknown profile 'cpuu'", "smoke, cpu, gpu"]),
     (["--run", "../x"], ["RUN='../x'"])])
 def test_mistyped_arguments_are_one_line(toy, arguments, words):
@@ -140,6 +141,84 @@ def test_mistyped_arguments_are_one_line(toy, arguments, words):
     assert done.returncode != 0 and "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def test_knobs_of_another_task_are_no_error_and_change_nothing(toy):
+    """One SET serves `make`: what only another task knows is left to it."""
+    (toy / "task8_other").mkdir()
+    (toy / "task8_other" / "01_x.py").write_text(TOY.format(scale=1, load="pass", step="01_x"))
+    assert fresh(toy, "01_a", "--set", "scale_01_x=5")[0]
+
+
+def test_two_processes_never_write_one_folder(toy):
+    """The second is refused in one line that names the first, and may write as soon as that is killed."""
+    edit(toy / "task9_toy" / "01_a.py", "    pass", "    import time; print('working', flush=True); time.sleep(60)")
+    first = subprocess.Popen([sys.executable, "task9_toy/01_a.py"], cwd=toy, env=environment(toy), stdout=subprocess.PIPE, text=True)
+    while "working" not in first.stdout.readline():
+        assert first.poll() is None
+    done = run(toy, "02_b")
+    assert done.returncode != 0 and "Traceback" not in done.stderr and f"process {first.pid}" in done.stderr and "RUN=" in done.stderr
+    assert run(toy, "03_c", "--run", "other").stderr.count("is missing") == 1  # another run is free
+    first.kill()
+    first.wait()
+    assert run(toy, "02_b").returncode == 0
+
+
+def test_a_moved_hub_revision_is_stale_and_refused_as_input(toy, tmp_path, monkeypatch):
+    """The commit used is part of a result; a machine without the repository keeps its results."""
+    cache = tmp_path / "cache" / "models--owner--name" / "refs"
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    (cache / "main").write_text("a" * 40)
+    edit(toy / "task9_toy" / "task.py", "SHARED = 1", "SHARED = 1\n\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True)\n"
+         "class Config:\n    # one\n    model: str = 'owner/name'")
+    for step in ("01_a", "02_b", "03_c"):
+        edit(toy / "task9_toy" / f"{step}.py", "class Config:", "class Config(task.Config):")
+        assert run(toy, step).returncode == 0
+    stored = json.loads((toy / "results" / "cpu" / "task9_toy" / "01_a.json").read_text())
+    assert stored["inputs"]["hub:model:owner/name"] == "a" * 40
+    (cache / "main").write_text("b" * 40)
+    assert "owner/name is at commit bbbbbbbbbbbb, was aaaaaaaaaaaa" in fresh(toy, "01_a")[1]
+    assert "owner/name@bbbbbbbbbbbb" in run(toy, "02_b").stderr
+    (cache / "main").unlink()
+    assert states(toy) == [True, True, True]
+
+
+def test_the_remedy_repeats_the_arguments():
+    path = results.ROOT / "results" / "mine" / "task1_decoder" / "01_data.json"
+    said = results.command(path, "gpu", {"model": "owner/name", "data": "my rows.csv", "lora_r": "8", "instruction": "Say it."})
+    assert said == """make task1 PROFILE=gpu RUN=mine MODEL=owner/name DATA='my rows.csv' SET="lora_r=8 'instruction=Say it.'\""""
+
+
+@pytest.mark.parametrize(("arguments", "run_name"), [
+    ([], "cpu"), (["PROFILE=gpu"], "gpu"), (["MODEL=a/b"], "mine"), (["DATA=x.csv"], "mine"), (["SET=lora_r=8"], "mine"), (["RUN=r", "DATA=x"], "r")])
+def test_own_arguments_never_write_into_the_results_of_a_profile(arguments, run_name):
+    said = subprocess.run(["make", "-n", "task1", "PY=true", *arguments], cwd=results.ROOT, capture_output=True, text=True, check=False).stdout
+    assert f" results/{run_name}/task1_decoder/01_data.json " in said and f"--run {run_name} " in said + " "
+
+
+def test_a_run_name_with_a_blank_is_one_line():
+    done = subprocess.run(["make", "task1", "RUN=my run"], cwd=results.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and 'RUN="my run" is a folder name' in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_script_imports_from_the_clone_it_lies_in(toy, tmp_path):
+    """Another clone on the path, as an installed one would be, is not used and not written to."""
+    other = tmp_path / "other"
+    (other / "common").mkdir(parents=True)
+    (other / "common" / "__init__.py").write_text("raise ImportError('the other clone')")
+    source = (results.ROOT / "task1_decoder" / "03_train.py").read_text()
+    (toy / "task9_toy" / "01_a.py").write_text(
+        source[:source.index("from common import results")] + (toy / "task9_toy" / "01_a.py").read_text())
+    done = subprocess.run([sys.executable, str(toy / "task9_toy" / "01_a.py")], cwd=tmp_path, env=environment(other), capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_script_puts_its_own_clone_first():
+    for script in [*results.ROOT.glob("task*/0*.py"), *results.ROOT.glob("task*/ablations.py"), *results.ROOT.glob("bench/*.py")]:
+        text = script.read_text(encoding="utf-8")
+        assert text.index("sys.path.insert(0, str(Path(__file__).resolve().parent.parent))") < text.index("from common"), script
 
 
 def test_wrong_arguments_stop_make_before_the_step(toy):
