@@ -5,14 +5,23 @@ Writes  results/<run>/task1_decoder/01_data.json and runs/<run>/task1_decoder/{t
 Needs   about 40 s and 1.5 GB the first time, 15 s with the parsed corpus cached under runs/assets/
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from common import corpus, models, results
+from common import corpus, models
 from task1_decoder import task
 
 
@@ -55,7 +64,8 @@ def corpus_rows():
 def own_rows(run):
     """DATA= rows, de-duplicated, shuffled by seed and split. A bare `text` becomes its first quarter and the rest."""
     cfg = run.cfg
-    table = corpus.read_table(cfg.data, (("prompt", "completion"), ("text",)), minimum=cfg.n_test + cfg.n_dev + 32)
+    least = cfg.n_test + cfg.n_dev + 32
+    table = corpus.read_table(cfg.data, (("prompt", "completion"), ("text",)), minimum=least)
     if Path(cfg.data).expanduser().is_file():
         run.track(Path(cfg.data).expanduser().absolute())
     rows = []
@@ -67,13 +77,16 @@ def own_rows(run):
         rows.append({"id": f"row{number}", "name": f"row {number}", "package": "own", **row})
     twins = corpus.near_duplicates([f"{r['prompt']} {r['completion']}" for r in rows])
     kept = [r for r, twin in zip(rows, twins) if twin is None]
-    if len(kept) < cfg.n_test + cfg.n_dev + 32:
+    counts = {"parsed": len(rows), "near_duplicate": len(rows) - len(kept), "kept": len(kept)}
+    if len(kept) < least:
         raise SystemExit(f"DATA={cfg.data}: {len(kept)} rows left after dropping {len(rows) - len(kept)} near-duplicates, the "
-                         f"splits need {cfg.n_test + cfg.n_dev + 32}; add rows, or set n_test and n_dev lower")
+                         f"splits need {least}; add rows, or set n_test and n_dev lower")
     random.Random(cfg.seed).shuffle(kept)
     for i, row in enumerate(kept):
         row["split"] = "test" if i < cfg.n_test else "dev" if i < cfg.n_test + cfg.n_dev else "train"
-    return kept, {"parsed": len(rows), "near_duplicate": len(rows) - len(kept), "kept": len(kept)}
+    asked = {corpus.normalise(row["prompt"]) for row in kept if row["split"] != "train"}
+    clean = [row for row in kept if row["split"] != "train" or corpus.normalise(row["prompt"]) not in asked]
+    return clean, counts | {"prompt_held_out": len(kept) - len(clean)}
 
 
 def choice_rows(test, pool, prompt, n, seed):
@@ -81,6 +94,9 @@ def choice_rows(test, pool, prompt, n, seed):
     rng, rows = random.Random(seed), []
     for row in test[:n]:
         others = [o for o in pool if o["package"] == row["package"] and o["id"] != row["id"]]
+        others = list({o["completion"]: o for o in others if o["completion"] != row["completion"]}.values())  # one right answer
+        if len(others) < 3:
+            continue
         others.sort(key=lambda o: abs(len(o["completion"]) - len(row["completion"])))
         choices = [row["completion"], *(o["completion"] for o in rng.sample(others[:12], 3))]
         rng.shuffle(choices)
@@ -96,16 +112,18 @@ def main(run):
     rows, counts = corpus_rows() if cfg.data == "corpus" else own_rows(run)
     splits = {}
     for split, size in (("test", cfg.n_test), ("dev", cfg.n_dev), ("train", cfg.n_train)):
-        pool = sorted((r for r in rows if r["split"] == split), key=lambda r: r["id"])  # ids are hashes: order owes nothing to disk
+        pool = sorted((r for r in rows if r["split"] == split), key=lambda r: r["id"])  # ids are hashes: independent of file order
         random.Random(cfg.seed).shuffle(pool)
         splits[split] = pool[:size or None]
         counts[f"{split}_pool"], counts[split] = len(pool), len(splits[split])
 
-    as_corpus = {s: [{"summary": r["completion"], "code": r["prompt"]} for r in part] for s, part in splits.items()}
-    leaks = {(split, kind): n for split in ("test", "dev") for kind, n in
-             (corpus.leaks(as_corpus["train"], as_corpus[split]).items() if cfg.data == "corpus" else [])}
+    if cfg.data == "corpus":
+        as_corpus = {s: [{"summary": r["completion"], "code": r["prompt"]} for r in part] for s, part in splits.items()}
+    else:  # own answers may repeat ("yes"), questions and whole rows may not
+        as_corpus = {s: [{"summary": r["prompt"], "code": f"{r['prompt']} {r['completion']}"} for r in part] for s, part in splits.items()}
+    leaks = {(split, kind): n for split in ("test", "dev") for kind, n in corpus.leaks(as_corpus["train"], as_corpus[split]).items()}
     if any(leaks.values()):
-        raise SystemExit(f"training shares rows with the held-out splits: {leaks}; the split in common/corpus.py is broken")
+        raise SystemExit(f"training shares rows with the held-out splits: {leaks}; the split is broken, nothing was written")
 
     prompt = task.Prompt(tokenizer, cfg, style=splits["test"][0].get("style", "chat"))
     table = [{"table": "counts", "model": "all", "metric": k, "value": v} for k, v in counts.items()]
@@ -121,12 +139,13 @@ def main(run):
                       for name, value in found.items()]
 
     code, summary = task.SHOTS[2]  # ours, so it may be printed in full
-    example = task.encode(prompt, {"prompt": code, "completion": summary}, cfg)
+    row = {"prompt": code, "completion": summary} if cfg.data == "corpus" else splits["train"][0]
+    example = task.encode(prompt, row, cfg)
     shown = [{"table": "example", "position": i, "token": tokenizer.decode([t]), "id": t, "trained": label != -100}
              for i, (t, label) in enumerate(zip(example["input_ids"], example["labels"]))]
     for row in shown:
         print(f"{row['position']:4} {row['id']:6} {'train' if row['trained'] else '  -  '} {row['token']!r}")
-    assert tokenizer.decode([t for t in example["labels"] if t != -100]) == summary + tokenizer.eos_token
+    assert len(example["labels"]) == len(example["input_ids"]) and example["labels"][0] == -100
 
     for split, part in splits.items():
         results.write_atomic(run.folder / f"{split}.jsonl", "".join(json.dumps(r) + "\n" for r in part))

@@ -2,25 +2,28 @@
 
 Reads   runs/<run>/task1_decoder/{train,dev}.jsonl of 01
 Writes  results/<run>/task1_decoder/03_train.json, runs/<run>/task1_decoder/{adapter/,checkpoints/}
-Needs   about 4.5 min and 3 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the last checkpoint
+Needs   about 3.5 min and 6 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the last checkpoint
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
 
 import shutil
 from dataclasses import dataclass
 
-from common import results
+from common import models
 from task1_decoder import task, training
 
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # -- the frozen base --
-    # NormalFloat4: quantiles of a normal distribution, which trained weights follow (Dettmers et al. 2023, arXiv:2305.14314, sec. 3).
-    # bf16 only if memory is plentiful and 04's attribution table shows that 4 bits cost you something.
-    precision: str = "nf4"
-    # Quantise the block scales too: 0.5 -> 0.127 bit a parameter (same paper), 5 MB of 112 here, 300 MB at 7B. No loss measured there.
-    double_quant: bool = True
-
     # -- the adapter --
     # Rank, a cap on capacity: 16 x (in + out) weights a layer, 4.9M in all, 3.6 % of the model. Rank hardly mattered in the QLoRA
     # paper once all layers had one; raise it when more epochs stop lowering the training loss.
@@ -29,21 +32,22 @@ class Config(task.Config):
     lora_alpha: int = 32
     # Nothing is seen twice in the CPU run, so there is nothing to overfit. 0.05 once the same rows come back for several epochs.
     lora_dropout: float = 0.0
-    # Every linear layer but the head, attention and MLP: the one choice the QLoRA paper found critical (fig. 2).
+    # Every linear layer but the head, attention and MLP: the one choice the QLoRA paper found critical (fig. 2). PEFT finds them in
+    # any architecture; or names separated by commas, or a regular expression.
     target_modules: str = "all-linear"
 
     # -- the optimiser --
-    # Ten times the paper's 2e-4, because the model is small and the run is 90 steps, not 1,875: 96 steps took the dev loss from 4.20 to
+    # Ten times the paper's 2e-4, because the model is small and the run is 75 steps, not 1,875: 96 steps took the dev loss from 4.20 to
     # 3.13 at 1e-3 and to 3.11 at 2e-3. Halve it if the loss jumps after warm-up, and for models above 1B.
     learning_rate: float = 2e-3
     # 75 x 8 = 600 rows of 16,500: what 3 minutes on 2 cores afford at 2.2 s a step. A run of 90 had dev 3.00 at step 60 and 2.98 at its
-    # end: the rest is for more data, not more minutes of this kind. PROFILE=gpu takes two epochs.
+    # end: longer runs on these rows gain little. PROFILE=gpu sees 12,800 rows, 0.8 of an epoch.
     max_steps: int = 75
     # Small, because steps are few: at the same 1,152 rows, 144 steps of 8 reached dev 3.09 where 72 of 16 reached 3.11.
     batch_size: int = 8
     # Falls to zero, so the last steps average out the noise of small batches; the paper's constant rate needs thousands of steps.
     schedule: str = "cosine"
-    # About 5 % of the steps: B starts at zero and Adam's second moment at nothing, so the first steps are the least trustworthy.
+    # About 5 % of the steps: Adam's statistics are unreliable in the first steps.
     warmup_steps: int = 4
     # Norms run at 0.9-2.0 here, so 1.0, the library's default, trims most steps a little and caps the outliers. The paper's
     # 0.3 would leave only the direction; untuned.
@@ -54,9 +58,12 @@ class Config(task.Config):
     # 30 ms (measured, 2 cores). paged_adamw_8bit is for full fine-tuning.
     optimizer: str = "adamw_torch_fused"
 
-    # Compute activations again in the backward pass instead of keeping them: a third more arithmetic for a fraction of their memory. Off
-    # while they fit; make ablations PROFILE=gpu measures both. Turn it on first when memory runs out.
-    gradient_checkpointing: bool = False
+    # -- memory --
+    # Rows of a batch computed at once, 0 = as many as fit; the others follow by gradient accumulation, which trains the same.
+    rows_per_pass: int = 0
+    # Compute activations again in the backward pass instead of keeping them: a third more arithmetic for a fraction of their memory.
+    # "auto" turns it on when an eighth of the batch does not fit without; make ablations PROFILE=gpu measures "on" and "off".
+    gradient_checkpointing: str = "auto"
 
     # -- watching it --
     # Steps between dev losses; each costs 6 s on 2 cores. Checkpoints are written at the same steps.
@@ -97,7 +104,12 @@ def main(run):
     if not results.MAIN_PROCESS:
         return
     shutil.rmtree(adapter, ignore_errors=True)
-    model.save_pretrained(adapter)
+    # adapter and card name the base as it is known elsewhere, not by its folder on this machine
+    base, config = model.get_base_model(), model.peft_config["default"]
+    base.name_or_path, config.revision = models.public_name(cfg.model)
+    config.base_model_name_or_path = base.config.name_or_path = base.name_or_path
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    models.load_tokenizer(cfg.model).save_pretrained(adapter)  # with its chat template: the folder is all that a user of it needs
     facts |= {"adapter_file_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
               "reload_max_logit_difference": training.check_reload(cfg, model, adapter, dev[:4])}
     rows = [{"table": "curve", "model": "tuned", "metric": m, "step": h["step"], "value": h[m]}

@@ -7,6 +7,16 @@ Writes  results/<run>/task1_decoder/04_eval.json, runs/<run>/task1_decoder/{item
 Needs   about 4 min and 2 GB on 2 cores
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+
 import json
 from dataclasses import dataclass
 
@@ -17,14 +27,12 @@ from common import models  # before anything that loads bitsandbytes: it keeps t
 import torch
 from peft import PeftModel
 
-from common import results, stats
+from common import stats
 from task1_decoder import task
 
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # As trained and as the baseline was measured.
-    precision: str = "nf4"
     # Items of the attribution table (4 and 16 bits, with and without adapter, merged): three more passes for the 16-bit rows.
     n_attribution: int = 80
 
@@ -41,28 +49,31 @@ PROFILES = {
 HEADLINE = ("nll_per_token", "bits_per_byte", "chrf", "rouge_l", "stopped")
 
 
-def attribution(run, tokenizer, adapter, test, nf4):
-    """NLL rows on the same items for {4 bit, 16 bit} x {base, adapter}, and for the adapter merged into the 16-bit base.
+def attribution(run, tokenizer, adapter, test, scored):
+    """NLL rows on the same items for {as trained, unquantised} x {base, adapter}, and for the adapter merged into the latter.
 
-    `nf4`: {name: items} of the two 4-bit models, which 02 and this script have scored already. Saves the merged model.
+    `scored`: {name: items} of the base and the tuned model as trained, which 02 and this script have scored already. Unquantised is 16
+    bits, or 32 where `compute` is fp32. Saves the merged model.
     """
-    cfg, items = run.cfg, dict(nf4)
-    model = PeftModel.from_pretrained(models.load_decoder(cfg.model, "bf16"), adapter).eval()
+    cfg, items, trained = run.cfg, dict(scored), models.label(run.cfg.precision)
+    plain = models.compute_name(cfg.compute)
+    model = PeftModel.from_pretrained(models.load_decoder(cfg.model, plain), adapter).eval()
     with model.disable_adapter():
-        items["bf16 base"] = task.loss_only(model, tokenizer, test, cfg)
-    items["bf16 + adapter"] = task.loss_only(model, tokenizer, test, cfg)
+        items[f"{plain} base"] = task.loss_only(model, tokenizer, test, cfg)
+    items[f"{plain} + adapter"] = task.loss_only(model, tokenizer, test, cfg)
     merged = model.merge_and_unload()  # into 16 bits: merged into 4 bits, rounding can swamp the adapter
-    items["bf16 merged"] = task.loss_only(merged, tokenizer, test, cfg)
+    items[f"{plain} merged"] = task.loss_only(merged, tokenizer, test, cfg)
     merged.save_pretrained(run.folder / "merged")
     tokenizer.save_pretrained(run.folder / "merged")
     rows = []
-    for name, scored in items.items():
-        values, weights = task.column(scored, "nll_per_token")
-        reference, _ = task.column(items["NF4 base" if "base" in name else "NF4 + adapter"], "nll_per_token")
+    for name, found in items.items():
+        values, weights = task.column(found, "nll_per_token")
+        reference, _ = task.column(items[f"{trained} base" if "base" in name else f"{trained} + adapter"], "nll_per_token")
         rows.append({"table": "attribution", "model": name, "metric": "nll_per_token", **stats.ratio_interval(values, weights)})
-        rows.append({"table": "attribution", "model": name, "metric": "minus_nf4", **stats.paired_delta(reference, values, weights)})
-    best_base, tuned = (task.column(items[name], "nll_per_token")[0] for name in ("bf16 base", "NF4 + adapter"))
-    rows.append({"table": "attribution", "model": "NF4 + adapter", "metric": "minus_bf16_base", **stats.paired_delta(best_base, tuned, weights)})
+        rows.append({"table": "attribution", "model": name, "metric": f"minus_{cfg.precision}", **stats.paired_delta(reference, values, weights)})
+    best_base, tuned = (task.column(items[name], "nll_per_token")[0] for name in (f"{plain} base", f"{trained} + adapter"))
+    rows.append({"table": "attribution", "model": f"{trained} + adapter", "metric": f"minus_{plain}_base",
+                 **stats.paired_delta(best_base, tuned, weights)})
     return rows
 
 
@@ -97,7 +108,7 @@ def main(run):
     adapter = str(run.artifact("03_train", "adapter"))
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     tokenizer = models.load_tokenizer(cfg.model)
-    model = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision), adapter).eval()
+    model = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant), adapter).eval()
     after = task.measure(model, tokenizer, run)
     del model
     torch.cuda.empty_cache()
@@ -106,10 +117,13 @@ def main(run):
     rows = task.rows_of(before, "base") + task.rows_of(after, "tuned") + task.delta_rows(before, after)
     shot = task.delta_rows({"heldout": few_shot}, {"heldout": after["heldout"][:len(few_shot)]})
     rows += [row | {"model": "tuned minus base 3-shot"} for row in shot]
+    general = task.delta_rows(stored["unquantised"], {name: after[name] for name in stored["unquantised"]})
+    rows += [row | {"model": f"tuned minus {models.compute_name(cfg.compute)} base"} for row in general]
     rows = [row | {"table": "headline"} for row in rows if row["table"] == "heldout" and row["metric"] in HEADLINE
             and row["model"] in ("base", "tuned", "delta")] + rows
-    n = cfg.n_attribution
-    rows += attribution(run, tokenizer, adapter, test[:n], {"NF4 base": before["heldout"][:n], "NF4 + adapter": after["heldout"][:n]})
+    n, trained = cfg.n_attribution, models.label(cfg.precision)
+    rows += attribution(run, tokenizer, adapter, test[:n], {f"{trained} base": before["heldout"][:n],
+                                                             f"{trained} + adapter": after["heldout"][:n]})
     examples = extremes(before["heldout"], after["heldout"], test)
     write_examples(run, examples, test)
     basket = [{"table": "basket_prompts", "model": "side by side", "kind": a["kind"], "prompt": a["prompt"], "reference": a["reference"],

@@ -9,6 +9,16 @@ Writes  results/<run>/task1_decoder/ablations.json, runs/<run>/task1_decoder/abl
 Needs   about 4 min a row, 20 min in all, and 3 GB on 2 cores
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+
 import gc
 import json
 import re
@@ -24,7 +34,7 @@ from common import models  # before anything that loads bitsandbytes: it keeps t
 
 import torch
 
-from common import results, stats
+from common import stats
 from task1_decoder import task, training
 
 
@@ -101,8 +111,8 @@ def cost_table(run, config, pool, dev):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 steps = run.cfg.cost_steps
-                changes = {"precision": precision, "gradient_checkpointing": checkpointing, "batch_size": size, "max_steps": steps,
-                           "eval_every": 10 * steps, "warmup_steps": 1}
+                changes = {"precision": precision, "gradient_checkpointing": "on" if checkpointing else "off", "batch_size": size, "max_steps": steps,
+                           "eval_every": 10 * steps, "warmup_steps": 1, "rows_per_pass": size}
                 cfg, folder = SimpleNamespace(**config | changes), run.folder / "ablations" / "cost"
                 model, facts, _ = training.train(cfg, pool, dev[:4], folder, [], lambda **values: None)
                 shutil.rmtree(folder)

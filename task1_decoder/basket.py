@@ -119,8 +119,11 @@ GENERAL = [
 RUSSIAN = ["Какой город является столицей России?", "Напиши одно предложение о зиме.", "Что такое нейронная сеть?"]
 
 
-def prompts() -> list[dict]:
-    """All prompts in a fixed order: {"kind", "prompt", "reference"}; only functions have a reference."""
-    return ([{"kind": "function", "prompt": row["code"], "reference": row["summary"]} for row in corpus.functions_in(FUNCTIONS, "basket")]
-            + [{"kind": "general", "prompt": text, "reference": None} for text in GENERAL]
+def prompts(own: list[dict] = ()) -> list[dict]:
+    """All prompts in a fixed order: {"kind", "prompt", "reference"}; only functions have a reference. With `own` rows {prompt,
+    completion} up to 14 of these stand in place of the functions."""
+    taught = [{"kind": "own", "prompt": row["prompt"], "reference": row["completion"]} for row in own[:14]]
+    taught = taught or [{"kind": "function", "prompt": row["code"], "reference": row["summary"]}
+                        for row in corpus.functions_in(FUNCTIONS, "basket")]
+    return (taught + [{"kind": "general", "prompt": text, "reference": None} for text in GENERAL]
             + [{"kind": "russian", "prompt": text, "reference": None} for text in RUSSIAN])

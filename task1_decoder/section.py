@@ -44,7 +44,9 @@ def results_block(found: Found) -> str:
               interval(rows.one(table="heldout", model="tuned", metric=r["metric"])), interval(r), p_value(r["p"]), r["verdict"] or "–"]
              for r in rows.all(model="tuned minus base 3-shot")]
     others = [t for t in dict.fromkeys(r["table"] for r in rows.all(model="delta")) if t not in ("headline", "heldout")]
-    parts = [[r["model"], interval(r), interval(rows.one(table="attribution", model=r["model"], metric="minus_nf4")), r["n"]]
+    precision = rows.config.get("precision", "nf4")
+    dtype = next(r["metric"].split("_")[1] for r in rows.all(table="attribution") if r["metric"].endswith("_base"))
+    parts = [[r["model"], interval(r), interval(rows.one(table="attribution", model=r["model"], metric=f"minus_{precision}")), r["n"]]
              for r in rows.all(table="attribution", metric="nll_per_token")]
     return "\n\n".join([
         "Held-out functions, zero-shot:", table(HEAD, compare(rows, "heldout")), f"![training curve](results/{run}/{TASK}/loss.svg)",
@@ -55,7 +57,7 @@ def results_block(found: Found) -> str:
         "Is it the 4 bits, the adapter or the merge? The same items throughout, NLL per token:",
         table(["model", "NLL per token [95 %]", "minus its NF4 counterpart [95 %]", "n"], parts),
         "The fairest single number: the 4-bit model with its adapter against the base in 16 bits, which NF4 has not hurt: "
-        f"**{interval(rows.one(table='attribution', metric='minus_bf16_base'))}** nats per token."])
+        f"**{interval(rows.one(table='attribution', metric=f'minus_{dtype}_base'))}** nats per token."])
 
 
 def errors(found: Found) -> str:

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import math
 import time
 from dataclasses import dataclass
 
+import jinja2
 import numpy as np
 import torch
 
@@ -26,8 +29,18 @@ class Config:
     model: str = "embedded-135m"
     # "corpus": documented functions of the installed packages (common/corpus.py). Or a JSONL/CSV/Parquet file, or a hub id.
     data: str = "corpus"
-    # System message of the chat prompt; "" for own data, whose prompts should say what is wanted.
+    # System message of the chat prompt; "" for own data, whose prompts should say what is wanted. A chat template that knows no
+    # system role gets it at the head of the first question.
     instruction: str = CORPUS_INSTRUCTION
+    # The frozen base, trained and scored alike. NormalFloat4: quantiles of a normal distribution, which trained weights follow
+    # (Dettmers et al. 2023, arXiv:2305.14314, sec. 3). bf16, fp16 or fp32 only if memory is plentiful and 04's attribution table
+    # shows that 4 bits cost you something.
+    precision: str = "nf4"
+    # Quantise the block scales too: 0.5 -> 0.127 bit a parameter (same paper), 5 MB of 112 here, 300 MB at 7B. No loss measured there.
+    double_quant: bool = True
+    # Number format of the arithmetic: "auto" takes what the hardware has (bf16; fp16 on a T4 or V100; fp32 on a CPU without fast
+    # bf16). common/models.py decides once and every result says which.
+    compute: str = "auto"
     # Tokens kept of the prompt's head. Name, signature and first statements tell most: 80 took the dev loss to
     # 3.13 in 4.5 minutes, 112 (with 1.5 times the rows) to 3.09 in 6.8. Raise it first if your answers are in the tail.
     max_prompt_tokens: int = 80
@@ -45,6 +58,8 @@ class Config:
     n_benchmark: int = 100
     # Passages of general English (128 tokens each) for the forgetting row.
     n_general: int = 48
+    # GiB of memory to plan the training for, 0 = what is free. 03 takes fewer rows a pass, then checkpointing, to stay below.
+    memory_gib: float = 0
 
 
 # Sizes that differ by profile; a script's own PROFILES come on top.
@@ -60,7 +75,7 @@ PROFILES = {
         model="HuggingFaceTB/SmolLM2-1.7B-Instruct",  # the same family at the size the assignment asks for (from 1B)
         n_benchmark=2000,  # all of them but HellaSwag's 10,042, of which 2,000 put the interval at +-2 points
         n_general=200,  # seconds on a GPU
-        eval_batch_size=64,  # fills a big GPU; 16 GB cards want 16
+        eval_batch_size=64,  # fills a big GPU; a 1.9B model took 4.9 GB with it
     ),
 }
 
@@ -76,26 +91,25 @@ SHOTS = [
 # ------------------------------------------------------------------------------------------------------------------- prompt
 
 class Prompt:
-    """Text and token ids of a prompt: the model's own chat template where it has one, else the bare text.
+    """Text and token ids of a prompt: the model's own chat template where it has one, else the bare text and a line break.
 
     The parts before and after the user's text are tokenised once, and only the user's text is cut to `max_prompt_tokens`, so
-    a long function never loses the marker that tells the model to answer.
+    a long function never loses the marker that tells the model to answer. `end` is the id that ends an answer: what the template
+    puts after one (Gemma's <end_of_turn>), else EOS. `style` "plain" continues a text: no template, nothing in between.
     """
 
     def __init__(self, tokenizer, cfg: Config, shots=(), style: str = "chat"):
-        self.tokenizer, self.limit = tokenizer, cfg.max_prompt_tokens
-        mark = "\x00here\x00"
-        if style == "chat" and tokenizer.chat_template:
-            turns = [{"role": "system", "content": cfg.instruction}] if cfg.instruction else []
-            for code, summary in shots:
-                turns += [{"role": "user", "content": code}, {"role": "assistant", "content": summary}]
-            turns.append({"role": "user", "content": mark})
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            self.before, self.after = text.split(mark)
+        self.tokenizer, self.limit, self.end = tokenizer, cfg.max_prompt_tokens, tokenizer.eos_token_id
+        self.chat = style == "chat" and bool(tokenizer.chat_template)
+        if self.chat:
+            self.before, self.after, self.end = chat_parts(tokenizer, cfg.instruction, shots)
         else:
-            examples = "".join(f"{code}\n{summary}\n\n" for code, summary in shots)
-            self.before, self.after = examples + (cfg.instruction + "\n\n" if cfg.instruction else ""), ""
-        self.head, self.tail = self.ids(self.before), self.ids(self.after)
+            examples = "".join(f"{question}\n{answer}\n\n" for question, answer in shots)
+            self.before = examples + (cfg.instruction + "\n\n" if cfg.instruction else "")
+            self.after = "" if style == "plain" else "\n"
+        # a template brings its BOS itself; bare text gets what the tokenizer puts before a text
+        self.head = ([] if self.chat else models.first_ids(tokenizer)) + self.ids(self.before)
+        self.tail = self.ids(self.after)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -104,17 +118,47 @@ class Prompt:
         return self.head + self.ids(text)[:self.limit] + self.tail
 
     def text(self, text: str) -> str:
-        """The same prompt as a string, for lm-eval, which tokenises by itself."""
+        """The same prompt as a string without BOS, for lm-eval, which tokenises by itself."""
         return self.before + self.tokenizer.decode(self.ids(text)[:self.limit]) + self.after
 
 
-def encode(prompt: Prompt, row: dict, cfg: Config) -> dict:
-    """{"input_ids", "labels", "length"}: prompt then completion then EOS; labels are -100 exactly on the prompt.
+def chat_parts(tokenizer, instruction: str, shots=()) -> tuple[str, str, int]:
+    """(text before the user's text, text after it, id that ends an answer) of the tokenizer's chat template.
 
-    EOS is a label, so stopping is learnt. The mask goes by length, never by token id: pad and EOS may be the same token.
+    An instruction that the template refuses or leaves out as a system message (Gemma) goes before the first question. The date
+    that some templates write is fixed, so that results of two days can be compared; thinking is off where it can be switched
+    (Qwen 3). SystemExit if the template does not show the user's text exactly once.
+    """
+    question, answer = "\x00question\x00", "\x00answer\x00"
+
+    def render(turns, **options):
+        return tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False,
+                                             strftime_now=datetime.datetime(2025, 1, 1).strftime, **options)
+    turns = [{"role": role, "content": text} for pair in shots for role, text in zip(("user", "assistant"), pair)]
+    turns.append({"role": "user", "content": question})
+    text = ""
+    if instruction:
+        with contextlib.suppress(jinja2.TemplateError):  # "System role not supported"
+            text = render([{"role": "system", "content": instruction}, *turns], add_generation_prompt=True)
+        if instruction not in text:
+            turns[0]["content"] = f"{instruction}\n\n{turns[0]['content']}"
+    if not instruction or instruction not in text:
+        text = render(turns, add_generation_prompt=True)
+    if text.count(question) != 1:
+        raise SystemExit(f"MODEL={tokenizer.name_or_path}: its chat template shows the user's text {text.count(question)} times, expected once")
+    closed = render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    after = tokenizer(closed.partition(answer)[2], add_special_tokens=False).input_ids
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return *text.split(question), next((i for i in after if i in special), tokenizer.eos_token_id)
+
+
+def encode(prompt: Prompt, row: dict, cfg: Config) -> dict:
+    """{"input_ids", "labels", "length"}: prompt, completion, then the id that ends an answer; labels are -100 exactly on the prompt.
+
+    The end is a label, so stopping is learnt. The mask goes by length, never by token id: pad and EOS may be the same token.
     """
     question = prompt(row["prompt"])
-    answer = [*prompt.ids(row["completion"]), prompt.tokenizer.eos_token_id][:cfg.max_completion_tokens]
+    answer = [*prompt.ids(row["completion"]), prompt.end][:cfg.max_completion_tokens]
     return {"input_ids": question + answer, "labels": [-100] * len(question) + answer, "length": len(question) + len(answer)}
 
 
@@ -136,45 +180,34 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
             "labels": labels[:, width - keep:], "logits_to_keep": keep}
 
 
-def training_memory(model, lora_r: int, rows: int, columns: int, kept: int, checkpointing: bool = False) -> dict[str, int]:
-    """Predicted peak bytes of one LoRA training step of `rows` x `columns` tokens with logits on `kept` columns.
-
-    From shapes alone, h hidden, m MLP and v vocabulary size: stored weights; adapter at 16 bytes a parameter (fp32 value and
-    gradient, two Adam moments); saved activations in bf16 per token and layer (20h around norms and attention, 8m in the MLP, 8
-    bytes per attention weight unless a fused kernel never stores them, 8r for the seven adapters), with `checkpointing` those of one
-    layer and 2h for the others' inputs; logits at 14 bytes each (bf16, fp32, log-softmax, gradient).
-    """
-    c = model.config
-    adapter = sum(lora_r * sum(module.weight.quant_state.shape if hasattr(module.weight, "quant_state") else module.weight.shape)
-                  for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"))
-    stored = 8 * c.num_attention_heads * columns if c._attn_implementation == "eager" else 0
-    token = 20 * c.hidden_size + 8 * c.intermediate_size + stored + 7 * 8 * lora_r
-    layers = token + 2 * c.hidden_size * c.num_hidden_layers if checkpointing else token * c.num_hidden_layers
-    parts = {"weights": models.size(model)["bytes"], "adapter_and_optimiser": 16 * adapter, "activations": layers * rows * columns,
-             "logits": 14 * rows * kept * c.vocab_size}
-    return {**parts, "total": sum(parts.values())}
-
-
 # ------------------------------------------------------------------------------------------------------------------- scores
 
 @torch.inference_mode()
-def read_and_score(model, tokenizer, prompts: list[list[int]], answers: list[list[int]], batch_size: int,
-                   max_new_tokens: int = 0) -> list[dict]:
+def read_and_score(model, tokenizer, prompts: list[list[int]], answers: list[list[int]], batch_size: int, max_new_tokens: int = 0,
+                   end: int | None = None) -> list[dict]:
     """Per prompt {"nats", "tokens", "correct"} summed over the tokens of its answer (logits in float32), and with
-    `max_new_tokens` a greedy continuation {"text", "stopped", "new_tokens"}; stopped means EOS came by itself."""
-    reader = scoring.Reader(model, tokenizer.pad_token_id, prompts[0][:scoring.shared_prefix(prompts)])
+    `max_new_tokens` a greedy continuation {"text", "stopped", "new_tokens"}; stopped means that `end` or another id that the model
+    ends with (generation_config) came by itself."""
+    own = model.generation_config.eos_token_id
+    stops = list(dict.fromkeys([end, tokenizer.eos_token_id, *([] if own is None else own if isinstance(own, list) else [own])]))
+    stops = [i for i in stops if i is not None]
+    # padding stands between the shared tokens and the rest of a prompt: a sliding window that short would count it
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    longest = max(map(len, prompts)) + max(max_new_tokens, *map(len, answers))
+    shared = 0 if window and window < longest else scoring.shared_prefix(prompts)
+    reader = scoring.Reader(model, tokenizer.pad_token_id, prompts[0][:shared])
     scored: list[dict] = [{}] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # similar lengths together: little padding
     for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
         reader.read([prompts[i] for i in batch])
         logprobs, hits = reader.logprobs(list(range(len(batch))), [answers[i] for i in batch])
-        written = reader.generate(max_new_tokens, tokenizer.eos_token_id) if max_new_tokens else [None] * len(batch)
+        written = reader.generate(max_new_tokens, stops) if max_new_tokens else [None] * len(batch)
         for i, row, hit, new in zip(batch, logprobs, hits, written):
             scored[i] = {"nats": -sum(row), "tokens": len(row), "correct": sum(hit)}
             if new is not None:
-                stopped = tokenizer.eos_token_id in new
-                new = new[:new.index(tokenizer.eos_token_id)] if stopped else new
-                scored[i] |= {"text": tokenizer.decode(new, skip_special_tokens=True).strip(), "stopped": stopped, "new_tokens": len(new)}
+                kept = next((k for k, token in enumerate(new) if token in stops), None)
+                text = tokenizer.decode(new[:kept], skip_special_tokens=True).strip()
+                scored[i] |= {"text": text, "stopped": kept is not None, "new_tokens": len(new[:kept])}
     return scored
 
 
@@ -219,9 +252,16 @@ def score(model, tokenizer, rows: list[dict], cfg: Config, trained: set[str], sh
     """
     prompt = Prompt(tokenizer, cfg, shots, style=rows[0].get("style", "chat"))
     prompts, answers = zip(*(split_example(encode(prompt, row, cfg)) for row in rows))
-    scored = read_and_score(model, tokenizer, list(prompts), list(answers), cfg.eval_batch_size, cfg.max_new_tokens)
+    scored = read_and_score(model, tokenizer, list(prompts), list(answers), cfg.eval_batch_size, cfg.max_new_tokens, prompt.end)
     return [{"id": row["id"], **item, "bytes": len(row["completion"].encode()), **text_scores(item["text"], row["completion"]),
              "repetition": repetition(item["text"]), "copied": normalise(item["text"]) in trained} for row, item in zip(rows, scored)]
+
+
+def shots_of(run) -> list[tuple[str, str]]:
+    """Worked examples for the few-shot baseline: SHOTS, or for own data its first three training rows."""
+    if run.cfg.data == "corpus":
+        return SHOTS
+    return [(row["prompt"], row["completion"]) for row in results.read_rows(run.artifact("01_data", "train.jsonl"))[:len(SHOTS)]]
 
 
 def trained_texts(run) -> set[str]:
@@ -237,12 +277,28 @@ METRICS = {
 }
 
 
-def measure(model, tokenizer, run) -> dict[str, list[dict]]:
-    """Everything 02 and 04 compare, item by item: {"heldout", "basket", "general", and one entry per benchmark}."""
-    from task1_decoder import basket, harness
+def ask_basket(model, tokenizer, run, trained: set[str]) -> list[dict]:
+    """The basket's prompts with the model's answers {"text", "stopped", "new_tokens", "repetition", "copied"}, chrF and ROUGE-L where
+    there is a reference. What the fine-tuning teaches is asked with the run's instruction, the rest without one."""
+    from task1_decoder import basket
+    cfg, end = run.cfg, Prompt(tokenizer, run.cfg).end
+    asked = basket.prompts(results.read_rows(run.artifact("01_data", "dev.jsonl")) if cfg.data != "corpus" else [])
+    ask = {taught: Prompt(tokenizer, dataclasses.replace(cfg, instruction=cfg.instruction if taught else "", max_prompt_tokens=512))
+           for taught in (True, False)}
+    questions = [ask[row["reference"] is not None](row["prompt"]) for row in asked]
+    answers = read_and_score(model, tokenizer, questions, [[end]] * len(asked), len(asked), cfg.max_new_tokens, end)
+    answers = [{k: a[k] for k in ("text", "stopped", "new_tokens")} for a in answers]
+    return [row | answer | {"repetition": repetition(answer["text"]), "copied": normalise(answer["text"]) in trained}
+            | (text_scores(answer["text"], row["reference"]) if row["reference"] else {}) for row, answer in zip(asked, answers)]
+
+
+def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list[dict]]:
+    """Everything 02 and 04 compare, item by item: {"heldout", "basket", "general", and one entry per benchmark}; with `general_only`
+    the last two, which show what was forgotten."""
+    from task1_decoder import harness
     cfg, measured, clock = run.cfg, {}, time.time()
-    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
-    trained = trained_texts(run)
+    if cfg.n_benchmark == 1:
+        raise SystemExit("n_benchmark=1: an interval needs two items at least; 0 takes all")
 
     def done(name, items, **values):
         nonlocal clock
@@ -250,27 +306,23 @@ def measure(model, tokenizer, run) -> dict[str, list[dict]]:
         run.log(measured=name, n=len(items), seconds=time.time() - clock, **values)
         clock = time.time()
 
-    items = score(model, tokenizer, test, cfg, trained)
-    done("heldout", items, nll_per_token=sum(i["nats"] for i in items) / sum(i["tokens"] for i in items))
-
-    asked = basket.prompts()
-    ask = {kind: Prompt(tokenizer, dataclasses.replace(cfg, instruction=CORPUS_INSTRUCTION if kind == "function" else "",
-                                                       max_prompt_tokens=512)) for kind in ("function", "general", "russian")}
-    questions = [ask[a["kind"]](a["prompt"]) for a in asked]
-    answers = read_and_score(model, tokenizer, questions, [[tokenizer.eos_token_id]] * len(asked), len(asked), cfg.max_new_tokens)
-    answers = [{k: a[k] for k in ("text", "stopped", "new_tokens")} for a in answers]
-    done("basket", [a | b | {"repetition": repetition(b["text"]), "copied": normalise(b["text"]) in trained}
-                    | (text_scores(b["text"], a["reference"]) if a["reference"] else {}) for a, b in zip(asked, answers)])
+    if not general_only:
+        test, trained = results.read_rows(run.artifact("01_data", "test.jsonl")), trained_texts(run)
+        items = score(model, tokenizer, test, cfg, trained)
+        done("heldout", items, nll_per_token=sum(i["nats"] for i in items) / sum(i["tokens"] for i in items))
+        done("basket", ask_basket(model, tokenizer, run, trained))
 
     plain = Prompt(tokenizer, dataclasses.replace(cfg, instruction=""), style="plain")
-    plain.head = [tokenizer.eos_token_id]  # one token to predict the first from; the same before and after
+    plain.head = models.first_ids(tokenizer) or [tokenizer.eos_token_id]  # something to predict the first token from
     passages = harness.general_text(cfg.n_general)
     examples = [encode(plain, p, dataclasses.replace(cfg, max_completion_tokens=128)) for p in passages]
     done("general", [{"id": p["id"], **s, "bytes": len(tokenizer.decode(e["labels"][1:], skip_special_tokens=True).encode())}
                      for p, e, s in zip(passages, examples, nll(model, tokenizer, examples, cfg.eval_batch_size))])
 
+    own = Prompt(tokenizer, cfg)
     choice_file = run.artifact("01_data", "choice.jsonl")
-    benchmarks = harness.evaluate(model, tokenizer, choice_file, cfg.n_benchmark, max(1, cfg.eval_batch_size // 2))
+    benchmarks = harness.evaluate(model, tokenizer, choice_file, cfg.n_benchmark, max(1, cfg.eval_batch_size // 2),
+                                  own.before if own.chat else None)
     run.log(measured="benchmarks", n=sum(map(len, benchmarks.values())), seconds=time.time() - clock,
             **{f"{name}_acc": float(np.mean([i["acc"] for i in items])) for name, items in benchmarks.items()})
     return measured | benchmarks

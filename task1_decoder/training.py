@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import statistics
 import sys
 import time
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from common import models, results, trainer
-from task1_decoder import task
+from task1_decoder import memory, task
 
 
 def schedule_rows(rows, cfg):
@@ -78,28 +79,31 @@ def train(cfg, pool: list[dict], dev: list[dict], checkpoints: Path, identity: l
     if models.device().type == "cuda":
         torch.cuda.set_device(models.device())  # bitsandbytes computes on the current one
     transformers.set_seed(cfg.seed)  # before get_peft_model: the Trainer seeds too late for the initial adapter
-    model = models.load_decoder(cfg.model, cfg.precision, cfg.double_quant)
+    model = models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant)
     model.config.use_cache = False
-    longest = task.collate(sorted(rows, key=lambda e: -e["length"])[:trainer.share(cfg.batch_size)], tokenizer.pad_token_id)
-    predicted = task.training_memory(model, cfg.lora_r, *longest["input_ids"].shape, longest["logits_to_keep"], cfg.gradient_checkpointing)
     # the adapter stays in fp32 (PEFT's default): bf16 weights would lose small updates, and were no faster (4.5 s a step of 16, both)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, bias="none",
-                                             lora_dropout=cfg.lora_dropout, target_modules=cfg.target_modules))
+                                             lora_dropout=cfg.lora_dropout, target_modules=targets(model, cfg)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log(trainable=trainable, rows=len(drawn), predicted_MiB=predicted["total"] // 2**20)
+    share, compute = trainer.share(cfg.batch_size), models.compute_name(cfg.compute) if cfg.precision == "nf4" else cfg.precision
+    longest = task.collate(sorted(rows, key=lambda e: -e["length"])[:share], tokenizer.pad_token_id)
+    per_pass, checkpointing, predicted = memory.plan(model, longest, compute, cfg.rows_per_pass, cfg.gradient_checkpointing, cfg.memory_gib)
+    log(trainable=trainable, rows=len(drawn), rows_per_pass=per_pass, passes=share // per_pass, checkpointing=checkpointing,
+        predicted_GiB=predicted["total"] / 2**30)
 
     resume, readings = trainer.open_checkpoints(checkpoints, [vars(cfg), identity])
     clock = Clock()
     args = TrainingArguments(
-        output_dir=str(checkpoints), per_device_train_batch_size=trainer.share(cfg.batch_size), per_device_eval_batch_size=cfg.eval_batch_size,
-        train_sampling_strategy="sequential", max_steps=cfg.max_steps, learning_rate=cfg.learning_rate,
-        lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm,
-        weight_decay=cfg.weight_decay, optim=cfg.optimizer, bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed,
-        gradient_checkpointing=cfg.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
-        eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False, ddp_find_unused_parameters=False,
-        logging_steps=cfg.log_every, logging_nan_inf_filter=False, disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False,
-        label_names=["labels"], report_to="none")
+        output_dir=str(checkpoints), per_device_train_batch_size=per_pass, gradient_accumulation_steps=share // per_pass,
+        per_device_eval_batch_size=cfg.eval_batch_size, train_sampling_strategy="sequential", max_steps=cfg.max_steps,
+        learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps,
+        max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay, optim=cfg.optimizer, **models.trainer_dtype(compute),
+        use_cpu=models.device().type == "cpu", seed=cfg.seed, gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, eval_strategy="steps", eval_steps=cfg.eval_every,
+        eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=False, ddp_find_unused_parameters=False, logging_steps=cfg.log_every,
+        logging_nan_inf_filter=False, disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False, label_names=["labels"],
+        report_to="none")
     args._n_gpu = min(args.n_gpu, 1)  # else one process on a host of several GPUs is spread over them by DataParallel
     loop = DevTrainer(
         model=model, processing_class=tokenizer, train_dataset=rows, eval_dataset=dev,
@@ -114,19 +118,33 @@ def train(cfg, pool: list[dict], dev: list[dict], checkpoints: Path, identity: l
 
     history = results.read_rows(readings)
     losses = [h["eval_loss"] for h in history if "eval_loss" in h]
-    batches = [rows[i:i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]
+    passes = [rows[i:i + per_pass] for i in range(0, len(rows), per_pass)]
     tokens = sum(e["length"] for e in rows)
     facts = {
-        "trainable_parameters": trainable, "trained_rows": len(rows), "epochs": len(rows) / len(drawn), "trained_tokens": tokens,
+        "trainable_parameters": trainable, "trained_rows": len(rows), "epochs": len(rows) / len(pool), "trained_tokens": tokens,
         "label_tokens": sum(label != -100 for e in rows for label in e["labels"]),
-        "padding_share": 1 - tokens / sum(len(b) * max(e["length"] for e in b) for b in batches),
+        "padding_share": 1 - tokens / sum(len(b) * max(e["length"] for e in b) for b in passes),
         "dev_nll_before": losses[0], "dev_nll_best": min(losses), "steps": history[-1]["step"], "processes": trainer.PROCESSES,
-        "adapter_norm": torch.stack([p.detach().norm() for n, p in model.named_parameters() if "lora_B" in n]).norm().item(),
+        "rows_per_pass": per_pass, "gradient_checkpointing": checkpointing,
         "peak_bytes_before_training": resident, "measured_peak_bytes": results.peak_memory(),
         **{f"predicted_{name}_bytes": value for name, value in predicted.items()},
         "training_seconds": seconds, "tokens_per_second": None if resume else tokens / seconds,
-        "median_step_seconds": statistics.median(clock.seconds)}
+        "median_step_seconds": statistics.median(clock.seconds) if clock.seconds else None}  # none if all steps were made before
     return model.eval(), facts, history
+
+
+def targets(model, cfg):
+    """`target_modules` as PEFT takes it: "all-linear", a regular expression, or names separated by commas. SystemExit with the names
+    of the model's linear layers for one that it has not, and for a model without any."""
+    found = sorted({name.rsplit(".", 1)[-1] for name in models.linear_layers(model)})
+    if not found:
+        raise SystemExit(f"MODEL={cfg.model}: {type(model).__name__} has no linear layers that LoRA could adapt")
+    if cfg.target_modules == "all-linear" or not re.fullmatch(r"[\w.,]+", cfg.target_modules):
+        return cfg.target_modules
+    wanted = cfg.target_modules.split(",")
+    if missing := [name for name in wanted if name not in found]:
+        raise SystemExit(f"target_modules: no linear layer named {', '.join(missing)} in {cfg.model}; it has {', '.join(found)}")
+    return wanted
 
 
 def check_reload(cfg, model, adapter: Path, rows: list[dict]) -> float:
@@ -136,8 +154,9 @@ def check_reload(cfg, model, adapter: Path, rows: list[dict]) -> float:
     prompt = task.Prompt(tokenizer, cfg, style=rows[0].get("style", "chat"))
     batch = task.collate([task.encode(prompt, row, cfg) for row in rows], tokenizer.pad_token_id)
     inputs = {k: v.to(model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-    fresh = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision, cfg.double_quant), adapter).eval()
-    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16):
+    compute = models.compute_name(cfg.compute) if cfg.precision == "nf4" else cfg.precision
+    fresh = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant), adapter).eval()
+    with torch.inference_mode(), models.autocast(compute):
         reloaded, kept = fresh(**inputs).logits, model.eval()(**inputs).logits
         with fresh.disable_adapter():
             base = fresh(**inputs).logits

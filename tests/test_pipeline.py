@@ -1,6 +1,7 @@
 """The numbered scripts as a user runs them: resume after a kill, own data, and one line for every user error."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import time
 
 import pytest
 
-from common import trainer
+from common import results, trainer
 from tests.conftest import environment, one_line, step
+from tests.decoders import write_rows
+from tests.hub_server import Hub
 
 TRAIN = ["--set", "max_steps=24", "eval_every=6", "batch_size=4", "lora_dropout=0.1"]
 
@@ -45,11 +48,95 @@ def test_killed_and_resumed_training_equals_uninterrupted(repo, model):
     assert whole == [(m, s, v.expected) for m, s, v in resumed] and len(whole) > 10
 
 
+def test_a_run_killed_after_its_last_step_goes_on(repo, model):
+    """All steps are made and nothing is stored yet: the repeated command makes no step, and stores the same adapter and curve."""
+    run, folder = "last", repo / "runs" / "last" / "task1_decoder"
+    assert step(repo, "01_data", "--run", run, *model).returncode == 0
+    script = repo / "task1_decoder" / "03_train.py"
+    whole = script.read_text()
+    try:
+        script.write_text(whole.replace("    shutil.rmtree(checkpoints)\n", ""))  # dies before it removes them
+        assert step(repo, "03_train", "--run", run, *model, *TRAIN).returncode == 0
+    finally:
+        script.write_text(whole)
+    first, weights = train_rows(repo, run), (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    (repo / "results" / run / "task1_decoder" / "03_train.json").unlink()
+    (folder / "adapter" / "adapter_model.safetensors").unlink()  # as if killed while it was written
+    done = step(repo, "03_train", "--run", run, *model, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step 24" in done.stdout
+    assert [r for r in train_rows(repo, run) if r["table"] == "curve"] == [r for r in first if r["table"] == "curve"]
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    assert not (folder / "checkpoints").exists()
+
+
 def test_checkpoints_of_other_knobs_are_not_resumed(repo, model):
-    folder = repo / "runs" / "whole" / "task1_decoder" / "checkpoints"
+    assert step(repo, "01_data", "--run", "others", *model).returncode == 0
+    folder = repo / "runs" / "others" / "task1_decoder" / "checkpoints"
     (folder / "checkpoint-6").mkdir(parents=True)
     (folder / "identity").write_text("another run")
-    assert (done := step(repo, "03_train", "--run", "whole", *model, *TRAIN)).returncode == 0, done.stderr
+    done = step(repo, "03_train", "--run", "others", *model, *TRAIN)
+    assert done.returncode == 0 and "resuming" not in done.stdout, done.stderr
+
+
+OPEN_ELSEWHERE = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+ids = tokenizer.apply_chat_template([{"role": "user", "content": "def f(x): return x"}], add_generation_prompt=True, return_tensors="pt",
+                                    return_dict=True).input_ids
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+plain = model(ids).logits
+tuned = PeftModel.from_pretrained(model, adapter)(ids).logits
+assert "common" not in sys.modules
+print((tuned - plain).abs().max().item())
+"""
+
+
+def test_an_adapter_opens_where_this_repository_is_not(repo, tiny_model_folder, tmp_path):
+    """Copied elsewhere: plain peft opens it once the base is given, the tokenizer lies beside it, and no file names a folder of this machine."""
+    shutil.copytree(repo / "runs" / "whole" / "task1_decoder" / "adapter", tmp_path / "adapter")
+    done = subprocess.run([sys.executable, "-c", OPEN_ELSEWHERE, str(tiny_model_folder), str(tmp_path / "adapter")], cwd=tmp_path,
+                          env={k: v for k, v in environment(repo).items() if k != "PYTHONPATH"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) > 0
+
+
+def test_what_an_embedded_model_leaves_names_no_folder_of_this_machine(repo):
+    for name in ("01_data", "03_train"):
+        assert (done := step(repo, name, "--run", "named", "--set", "max_steps=2", "eval_every=2")).returncode == 0, done.stderr[-2000:]
+    adapter = repo / "runs" / "named" / "task1_decoder" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("embedded-135m", None)
+    for file in adapter.iterdir():
+        assert file.suffix == ".safetensors" or not any(str(place) in file.read_text(encoding="utf-8") for place in (repo, results.ROOT)), file
+
+
+def test_a_model_of_a_hub_runs_from_an_empty_cache_and_offline(repo, tiny_model_folder, tmp_path):
+    """01 loads a tokenizer only, which used to leave a partial snapshot that 02 took for whole. Adapter and results name hub id and commit."""
+    data = write_rows(tmp_path / "own.jsonl")
+    with Hub(models={"someone/tiny": tiny_model_folder}) as url:
+        environ = environment(repo) | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache")}
+        arguments = ["--profile", "smoke", "--run", "hub", "--model", "someone/tiny", "--data", str(data), "--set", "instruction=",
+                     "max_steps=2", "eval_every=2"]
+
+        def run(name, **more):
+            return subprocess.run([sys.executable, f"task1_decoder/{name}.py", *arguments], cwd=repo, env=environ | more, capture_output=True,
+                                  text=True, timeout=300, check=False)
+        for name in ("01_data", "02_baseline"):
+            assert (done := run(name)).returncode == 0, done.stderr[-2000:]
+    for name in ("03_train", "04_eval"):  # the hub is gone
+        assert (done := run(name, HF_HUB_OFFLINE="1")).returncode == 0, done.stderr[-2000:]
+    stored = [json.loads((repo / "results" / "hub" / "task1_decoder" / f"{name}.json").read_text()) for name in ("01_data", "04_eval")]
+    commit = stored[0]["inputs"]["hub:model:someone/tiny"]
+    assert len(commit) == 40 and stored[1]["inputs"]["hub:model:someone/tiny"] == commit
+    config = json.loads((repo / "runs" / "hub" / "task1_decoder" / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny", commit)
+    for folder in ("adapter", "merged"):
+        for file in (repo / "runs" / "hub" / "task1_decoder" / folder).iterdir():
+            assert file.suffix == ".safetensors" or str(tmp_path) not in file.read_text(encoding="utf-8"), file
 
 
 def test_own_text_runs_through_all_four_steps(repo, model):

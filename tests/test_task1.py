@@ -1,14 +1,16 @@
 """Prompt, label mask, padding and scores of task 1."""
 
+import importlib
 import math
 
 import pytest
 import torch
 
-from task1_decoder import scoring, task
+from task1_decoder import scoring, task, training
 
 CFG = task.Config()
 ROW = {"id": "a", "prompt": task.SHOTS[2][0], "completion": task.SHOTS[2][1]}
+train_config = importlib.import_module("task1_decoder.03_train").Config
 LONG = {"id": "b", "prompt": "def f(x):\n" + "    x = x + 1\n" * 200, "completion": "Add one to x two hundred times."}
 
 
@@ -72,6 +74,21 @@ def test_training_loss_equals_nll(tiny_model, tokenizer):
         loss = tiny_model(**task.collate(examples, tokenizer.pad_token_id)).loss.item()
     scored = task.nll(tiny_model, tokenizer, examples, batch_size=2)
     assert loss == pytest.approx(sum(s["nats"] for s in scored) / sum(s["tokens"] for s in scored), rel=1e-4)
+
+
+def test_rows_of_a_batch_in_several_passes_train_the_same(tiny_model_folder, tokenizer, tmp_path):
+    """Gradient accumulation weights every token alike: losses of 8 rows at once, in passes of 2, and with checkpointing agree."""
+    rows = [{**ROW, "id": str(i), "prompt": f"def f{i}(x):\n    return x + {i}", "completion": f"Add {i} to x." + " And say so." * (i % 3)}
+            for i in range(24)]
+    curves = []
+    for number, (rows_per_pass, checkpointing) in enumerate(((8, "off"), (2, "off"), (4, "on"))):
+        cfg = train_config(model=str(tiny_model_folder), precision="fp32", compute="fp32", max_steps=3, batch_size=8, eval_every=3, log_every=1,
+                           rows_per_pass=rows_per_pass, gradient_checkpointing=checkpointing)
+        _, facts, history = training.train(cfg, rows, rows[:4], tmp_path / str(number), [], lambda **values: None)
+        curves.append([h[key] for h in history for key in ("loss", "eval_loss") if key in h])
+        assert (facts["rows_per_pass"], facts["gradient_checkpointing"]) == (rows_per_pass, checkpointing == "on")
+    assert len(curves[0]) == 5
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4) and curves[2] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_score_on_a_worked_example():

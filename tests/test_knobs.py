@@ -1,0 +1,104 @@
+"""A knob means one thing in every step: what 03 is told either reaches 02 and 04, or they have no use for it."""
+
+import ast
+import importlib
+
+import pytest
+
+from common import models, results
+
+TASKS = sorted(path.name for path in results.ROOT.glob("task[0-9]_*"))
+CHANGED = {"precision": "fp32", "compute": "fp32"}  # words of which only some are allowed
+
+
+def config(task: str, step: str, settings: dict):
+    script = importlib.import_module(f"{task}.{step}")
+    known = {name: value for name, value in settings.items() if name in script.Config.__dataclass_fields__}
+    return results.configure(script.Config, (importlib.import_module(f"{task}.task").PROFILES, script.PROFILES), "cpu", known)
+
+
+def knobs_of_training(task: str) -> dict:
+    return {name: field.default for name, field in importlib.import_module(f"{task}.03_train").Config.__dataclass_fields__.items()}
+
+
+def another(name: str, value) -> str:
+    if isinstance(value, bool):
+        return str(not value)
+    return CHANGED.get(name) or (f"{value}x" if isinstance(value, str) else str(value + 1))
+
+
+def names_in(task: str, steps: tuple[str, ...]) -> set[str]:
+    """Every knob that the steps, and what of this repository they import, read from `cfg`, and every argument of common/models.py."""
+    waiting, seen, names = [f"{task}/{step}.py" for step in steps], set(), set()
+    while waiting:
+        path = results.ROOT / waiting.pop()
+        if path in seen or not path.is_file():
+            continue
+        seen.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [f"{node.module.replace('.', '/')}.py", *(f"{node.module}/{alias.name}.py" for alias in node.names)]
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("cfg"):
+                names.add(node.attr)
+            if isinstance(node, ast.arg) and path.name == "models.py":
+                names.add(node.arg)
+    return names
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_changed_knob_of_training_reaches_the_steps_around_it(task):
+    for name, value in knobs_of_training(task).items():
+        settings = {name: another(name, value)}
+        trained = getattr(config(task, "03_train", settings), name)
+        assert trained != value, name
+        for step in ("02_baseline", "04_eval"):
+            other = config(task, step, settings)
+            if hasattr(other, name):
+                assert getattr(other, name) == trained, f"{step} has its own {name}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_how_the_base_is_loaded_is_shared(task):
+    """Whatever decides what a model computes is a knob of all steps: none of these belongs to 03 alone, and none has a default of its own
+    in the loaders, where a step could forget it."""
+    shared = importlib.import_module(f"{task}.task").Config.__dataclass_fields__
+    own = {name for name in knobs_of_training(task) if name not in shared}
+    loading = {"model", "precision", "double_quant", "compute", "instruction", "max_tokens", "query_prompt", "document_prompt",
+               "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "eval_batch_size", "seed"}
+    assert not own & loading
+    if task == "task1_decoder":  # training.py is not imported by 02 and 04, so a knob of 03 that they name is one they should have had
+        assert not own & names_in(task, ("02_baseline", "04_eval"))
+
+
+class Stop(Exception):
+    """Raised by the spy once it has seen how a model is asked for."""
+
+
+@pytest.mark.parametrize("name", ["precision", "double_quant", "compute", "model"])
+def test_all_steps_of_task_1_load_the_same_base(name, monkeypatch, tmp_path):
+    """A spy in the place of the loader sees the same arguments from 02, 03 and 04."""
+    from task1_decoder import training
+    asked = {}
+
+    def spy(*arguments, **more):
+        asked[step] = (arguments, more)
+        raise Stop
+    monkeypatch.setattr(models, "load_decoder", spy)
+    settings = {name: another(name, knobs_of_training("task1_decoder")[name])}
+    for step in ("02_baseline", "03_train", "04_eval"):
+        script = importlib.import_module(f"task1_decoder.{step}")
+        monkeypatch.setattr(script.models, "load_tokenizer", lambda name: None)
+        monkeypatch.setattr(results, "read_rows", lambda path: [])
+        if step == "03_train":
+            monkeypatch.setattr(training.task, "Prompt", lambda *arguments, **more: None)
+            monkeypatch.setattr(training.task, "encode", lambda *arguments: {})
+            monkeypatch.setattr(training, "schedule_rows", lambda rows, cfg: [])
+            with pytest.raises(Stop):
+                training.train(config("task1_decoder", step, settings), [], [{}], tmp_path, [], None)
+            continue
+        run = type("Run", (), {"cfg": config("task1_decoder", step, settings), "load": lambda self, step: {}, "folder": tmp_path,
+                               "artifact": lambda self, step, name: tmp_path / "stored.json", "log": lambda self, **values: None})()
+        (tmp_path / "stored.json").write_text('{"zero-shot": {}, "3-shot": [], "unquantised": {}}')
+        with pytest.raises(Stop):
+            script.main(run)
+    assert asked["02_baseline"] == asked["03_train"] == asked["04_eval"]
