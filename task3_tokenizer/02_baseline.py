@@ -1,16 +1,26 @@
 """Question: how are these words spelled now, which way of adding them is right, and how well does the model know them?
 
-Reads   runs/<run>/task3_tokenizer/{terms.json,uses,texts}.jsonl of 01
+Reads   terms.json, tokenizer/ and {uses,texts}.jsonl of 01, under runs/<run>/task3_tokenizer/
 Writes  results/<run>/task3_tokenizer/02_baseline.json, runs/<run>/task3_tokenizer/items_base.json (per text, for the paired tests of 04)
 Needs   about 1 min and 2 GB on 2 cores
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
 
 import json
 import math
 import re
 from dataclasses import dataclass
 
-from common import models, results
+from common import models
 from task3_tokenizer import task, vocabulary
 
 
@@ -31,14 +41,14 @@ PROFILES = {
 FRAMES = ("The {} of it.", "see\n\n  {}, or ({}) and\t{}!", "Сегодня {} 😀 и ещё {}", "x{}x {}s my{} {}-like", "def f({}):\n    return {}  # ünï")
 
 
-def compare(tokenizer, chosen, texts):
+def compare(tokenizer, extended, chosen, texts):
     """Rows per way of adding the terms: round trips, uses that are one id, stray blanks, other words cut differently, texts that got longer."""
     ours = [frame.replace("{}", word) for word in chosen for frame in FRAMES]
     others = sorted({w for t in texts + ours for w in re.findall(r"(?<= )[^\W_]+", t)} - set(chosen))
     before = {text: task.ids_of(tokenizer, text) for text in texts + ours}
     old = {word: task.ids_of(tokenizer, f" {word}") for word in others}
     blank, table = tokenizer.convert_ids_to_tokens(task.ids_of(tokenizer, " "))[0], []
-    for name, way in {"as it was": tokenizer, **vocabulary.variants(tokenizer, chosen)}.items():
+    for name, way in {"as it was": tokenizer, **vocabulary.variants(tokenizer, chosen, extended)}.items():
         ids = {text: task.ids_of(way, text) for text in before}
         inside, places = 0, 0
         for word in chosen:
@@ -63,7 +73,8 @@ def compare(tokenizer, chosen, texts):
 def main(run):
     cfg = run.cfg
     run.load("01_data")
-    lexicon = task.lexicon(cfg.model, run.artifact("01_data", "terms.json"))
+    terms, extended = run.artifact("01_data", "terms.json"), run.artifact("01_data", "tokenizer")
+    lexicon = task.lexicon(cfg.model, terms, extended)
     words, tokenizer, added, table = [row["term"] for row in lexicon.chosen], lexicon.old, lexicon.added, []
     for word in words:
         ids = task.ids_of(tokenizer, f" {word}")
@@ -76,18 +87,17 @@ def main(run):
 
     uses, texts = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("uses", "texts"))
     step = math.ceil(len(uses + texts) / cfg.n_compare)
-    table += compare(tokenizer, words, [row["text"] for row in (uses + texts)[::step]])
+    table += compare(tokenizer, lexicon.new, words, [row["text"] for row in (uses + texts)[::step]])
     for row in table:
         if row["table"] == "ways" and row["metric"] in ("round_trip_share", "one_token_share"):
             run.log(way=row["model"].replace(" ", "_"), **{row["metric"]: float(row["value"])})
 
-    model = models.load_decoder(cfg.model, "bf16")
+    model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
     size = models.size(model)
     matrix = model.get_input_embeddings().weight
     table += [{"table": "size", "model": "base", "metric": k, "value": v} for k, v in {
         "parameters": size["parameters"], "vocabulary": matrix.shape[0], "hidden": matrix.shape[1], "matrix_parameters": matrix.numel(),
         "tied": int(model.config.tie_word_embeddings), "new_rows": len(added), "new_parameters_untied": 2 * len(added) * matrix.shape[1]}.items()]
-    task.check_head(model, tokenizer)
     measured = task.measure(model, tokenizer, run)
     answers = task.define(model, tokenizer, words, cfg)
     table += [row for row in task.rows_of(measured, "base") if row["metric"] != "new_token_mass"]

@@ -3,16 +3,25 @@
 Two arms, the same texts in the same order: "new" has the terms as single tokens, "control" spells them as before. Four stages each, every
 one with a fresh optimizer: (a) rows only, (b) input embedding and output head, (c1) these and LoRA on attention, (c2) on the MLP as well.
 
-Reads   runs/<run>/task3_tokenizer/{terms.json,train,dev,known}.jsonl of 01
+Reads   terms.json, tokenizer/ and {train,dev,known}.jsonl of 01, under runs/<run>/task3_tokenizer/
 Writes  results/<run>/task3_tokenizer/03_train.json, runs/<run>/task3_tokenizer/{new,control}/{init,a,b,c1,c2}/ (plain checkpoints), known/
 Needs   about 7 min and 11 GB on 2 cores, 3 GB of disk; interrupted (Ctrl-C, kill, power), the same command goes on with the stage it was in
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
 
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
-from common import results
 from task3_tokenizer import calibration, task, training
 
 
@@ -67,10 +76,11 @@ class Config(task.Config):
     lora_alpha: int = 32
     # No text is seen twice.
     lora_dropout: float = 0.0
-    # Names of the attention's linear layers (Llama's).
-    attention: str = "q_proj k_proj v_proj o_proj"
-    # Names of the MLP's linear layers (Llama's).
-    mlp: str = "gate_proj up_proj down_proj"
+    # Layers that get LoRA in (c1): "auto" takes every linear layer inside the attention, whatever the
+    # architecture calls it; or names separated by blanks.
+    attention: str = "auto"
+    # Layers that get LoRA in (c2) as well: "auto" takes the other linear layers of the decoder.
+    mlp: str = "auto"
     # Steps between log lines.
     log_every: int = 5
 
@@ -98,9 +108,16 @@ PROFILES = {
 def main(run):
     cfg = run.cfg
     data = run.load("01_data")
-    lexicon = task.lexicon(cfg.model, run.artifact("01_data", "terms.json"))
+    terms, extended = run.artifact("01_data", "terms.json"), run.artifact("01_data", "tokenizer")
+    lexicon = task.lexicon(cfg.model, terms, extended)
     train, dev, known = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev", "known"))
-    training.check_names(cfg.model, cfg.attention.split() + cfg.mlp.split())
+    windows = Counter(row["term"] for row in train)
+    asked = cfg.texts_a + cfg.texts_b + cfg.texts_c1 + cfg.texts_c2
+    fewer = [n for n in windows.values() if n < asked]
+    if fewer:
+        print(f"{len(fewer)} of {len(windows)} terms have fewer than the {asked} windows asked for, "
+              f"the fewest {min(fewer)}: the stages share what there is")
+    training.lora_layers(cfg)  # a wrong name is answered here, not after three stages
     # the control trains the rows of the terms' pieces where the other arm trains new rows
     arms = {"new": (lexicon.new, lexicon.splits, sorted(lexicon.splits)), "control": (lexicon.old, {}, lexicon.pieces)}
     table, tokens, seconds = [], 0, 0.0
@@ -117,7 +134,7 @@ def main(run):
     if lexicon.known:
         batch = min(cfg.batch_size, len(lexicon.chosen))
         few = max(1, round(batch * len(lexicon.known) / len(lexicon.chosen)))  # as many windows of a word in a step as stage (a) has
-        each = training.shares(cfg, max(Counter(row["term"] for row in train).values()))["a"]
+        each = training.shares(cfg, max(windows.values()))["a"]
         taught = training.in_turn([w for w in known if w["split"] == "train"], cfg.seed, few, each)
         facts = training.stored(run.folder / "known", mark := training.identity(vars(cfg), data, "known"))
         if facts is None:

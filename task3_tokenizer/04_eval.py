@@ -8,19 +8,28 @@ Writes  results/<run>/task3_tokenizer/04_eval.json, runs/<run>/task3_tokenizer/{
 Needs   about 5 min and 8 GB on 2 cores
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+
 import gc
 import json
 import math
 import time
 from dataclasses import dataclass
 
-from common import models  # before anything that loads bitsandbytes: it keeps that quiet
+from common import models, stats  # before anything that loads bitsandbytes: it keeps that quiet
 
 # isort: split
 
 from transformers import AutoTokenizer
 
-from common import results, stats
 from task3_tokenizer import calibration, cards, embeddings, intrinsic, task
 
 
@@ -76,15 +85,14 @@ def speed(cfg, model, tokenizer, old, uses):
 
 def inits(cfg, run, tokenizer, splits, new_ids, uses, texts):
     """Bits per byte and over-use of every way to initialise, before any training."""
-    model = models.load_decoder(str(run.artifact("03_train", "new/init")), "bf16")
-    matrices, table = (model.get_input_embeddings().weight, model.get_output_embeddings().weight), []
+    source, table = run.artifact("03_train", "new/init"), []
+    model = models.load_decoder(str(source), models.compute_name(cfg.compute))
     free = [row for row in texts if row["set"] == ("free" if any(r["set"] == "free" for r in texts) else "general")]
-    old = [matrix.detach().clone() for matrix in matrices]
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    old = [layer.weight[:min(splits)].detach().clone() for layer in layers]
     methods = [m for m in embeddings.INITS if not model.config.tie_word_embeddings or "piece" not in m or m == "mean of pieces"]
     for method in methods:
-        rows = [embeddings.initial(matrix[:min(splits)], [splits[i] for i in sorted(splits)], method, side, cfg.seed)
-                for side, matrix in zip(("input", "output"), old)]
-        embeddings.write_rows(model, list(splits), rows)
+        embeddings.initialise(model, splits, method, cfg.seed, old)
         items = {"uses": task.score(model, tokenizer, uses, cfg.eval_batch_size, new_ids),
                  "free": task.score(model, tokenizer, free, cfg.eval_batch_size, new_ids)}
         for row in task.rows_of(items, method):
@@ -97,7 +105,8 @@ def main(run):
     cfg = run.cfg
     for step in ("01_data", "02_baseline", "03_train"):
         run.load(step)
-    lexicon = task.lexicon(cfg.model, run.artifact("01_data", "terms.json"))
+    terms, extended = run.artifact("01_data", "terms.json"), run.artifact("01_data", "tokenizer")
+    lexicon = task.lexicon(cfg.model, terms, extended)
     uses, texts, known = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("uses", "texts", "known"))
     base = json.loads(run.artifact("02_baseline", "items_base.json").read_text(encoding="utf-8"))
     old, splits, words = lexicon.old, lexicon.splits, intrinsic.whole_words(lexicon.old)
@@ -106,7 +115,8 @@ def main(run):
     for arm in ("new", "control"):
         for stage in ("init", *task.STAGES) if arm == "new" else task.STAGES:  # the control before training is the base
             name, folder = f"{arm} {stage}", run.artifact("03_train", f"{arm}/{stage}")
-            tokenizer, model = AutoTokenizer.from_pretrained(folder, padding_side="left"), models.load_decoder(str(folder), "bf16")
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+            model = models.load_decoder(str(folder), models.compute_name(cfg.compute))
             new_ids = list(splits) if arm == "new" else []
             both = arm == "new" and stage in SPELLED
             items[name] = task.measure(model, tokenizer, run, new_ids, old if both else None)

@@ -9,6 +9,16 @@ Writes  results/<run>/task3_tokenizer/ablations.json, runs/<run>/task3_tokenizer
 Needs   about 2 min a row, 28 min in all, 11 GB and 2 GB of disk on 2 cores
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+
 import json
 import re
 import shutil
@@ -17,7 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
-from common import models, results, stats
+from common import models, stats
 from task3_tokenizer import embeddings, intrinsic, task, training, vocabulary
 
 
@@ -74,14 +84,14 @@ def one_row(folder, cfg, way, lexicon, rows, dev, scored):
     tokenizer, splits, words = lexicon.new, lexicon.splits, list(lexicon.ids)
     if way != "entry and merges":
         # a plain AddedToken leaves the blank outside, and a word that is an entry without blank keeps that entry's id and row
-        tokenizer = vocabulary.variants(lexicon.old, words)[way]
+        tokenizer = vocabulary.variants(lexicon.old, words, lexicon.new)[way]
         splits = {task.ids_of(tokenizer, word)[-1]: task.ids_of(lexicon.old, word) for word in words}
     training.begin(cfg, folder / "init", tokenizer, splits, dev, "")
     batch = min(cfg.batch_size, len(words))
     shown = training.in_turn(rows, cfg.seed, batch)
     training.train_stage(cfg, folder / "init", folder / "a", tokenizer, sorted(splits), False, [], training.rates(cfg, "a", batch), shown, batch,
                          dev, "", silent)
-    model = models.load_decoder(str(folder / "a"), "bf16")
+    model = models.load_decoder(str(folder / "a"), models.compute_name(cfg.compute))
     return {"items": {kind: task.score(model, tokenizer, part, cfg.eval_batch_size, list(splits)) for kind, part in scored.items()}}
 
 
@@ -89,7 +99,8 @@ def again(folder, cfg, mark, tokenizer, splits, ids, rows, dev, run):
     """{"items"} of 04 for one arm trained through all stages; interrupted, it goes on with the stage it was in."""
     for stage, _ in training.stages(cfg, folder, tokenizer, splits, ids, rows, dev, mark, silent):
         last = folder / stage
-    return {"items": task.measure(models.load_decoder(str(last), "bf16"), tokenizer, run, list(splits))}
+    model = models.load_decoder(str(last), models.compute_name(cfg.compute))
+    return {"items": task.measure(model, tokenizer, run, list(splits))}
 
 
 def one_point(folder, cfg, texts, source, lexicon, words, rows, dev, uses):
@@ -98,7 +109,8 @@ def one_point(folder, cfg, texts, source, lexicon, words, rows, dev, uses):
     if texts:  # at the rate of (a): a row has as many windows in a step as there
         facts = training.train_stage(cfg, source, folder, lexicon.new, sorted(ids.values()), False, [], (cfg.lr_rows,),
                                      training.in_turn(rows, cfg.seed, batch, texts), batch, dev, "", silent)
-    model, terms = models.load_decoder(str(folder if texts else source), "bf16"), [row for row in lexicon.chosen if row["term"] in words]
+    model = models.load_decoder(str(folder if texts else source), models.compute_name(cfg.compute))
+    terms = [row for row in lexicon.chosen if row["term"] in words]
     looks = intrinsic.look(model, lexicon.new, terms, ids, intrinsic.whole_words(lexicon.old), cfg.seed)
     return {"items": task.score(model, lexicon.new, uses, cfg.eval_batch_size, list(ids.values())), "steps": facts["steps"],
             "windows": facts["texts"], "looks": [f["anchors"] for f in looks if f["side"] == "output"]}
@@ -148,7 +160,8 @@ def main(run):
     was_tied = next(r["value"] for r in run.load("02_baseline")["rows"] if r["metric"] == "tied")
     impossible = {"tied"} if config["tied"] or not was_tied else set()
     impossible |= {"last and first piece", "weighted pieces"} if config["tied"] else set()
-    lexicon = task.lexicon(cfg.model, run.artifact("01_data", "terms.json"))
+    terms, extended = run.artifact("01_data", "terms.json"), run.artifact("01_data", "tokenizer")
+    lexicon = task.lexicon(cfg.model, terms, extended)
     rows, plain, dev, uses, texts = (results.read_rows(run.artifact("01_data", f"{name}.jsonl"))
                                      for name in ("train", "plain", "dev", "uses", "texts"))
     measured = json.loads(run.artifact("04_eval", "items.json").read_text())

@@ -17,7 +17,7 @@ def relearn(cfg, source: Path, target: Path, tokenizer, known: list[dict], rows:
     """Overwrite the rows of real words by the mean of the pieces they would be made of, and train these rows as stage (a) trains new ones.
     Saved beside the true rows as {input,output}_{true,start,learnt}, each (words, hidden)."""
     transformers.set_seed(cfg.seed)
-    model = models.load_decoder(str(source), "bf16")
+    model = models.load_decoder(str(source), models.compute_name(cfg.compute))
     model.config.use_cache = False
     splits = {task.ids_of(tokenizer, f" {k['term']}")[0]: k["pieces"] for k in known}
     ids, kept = sorted(splits), {}
@@ -41,7 +41,8 @@ def judge(cfg, run, tokenizer, known: list[dict], windows: list[dict]) -> list[d
     """Result rows: the rows learnt again against the true ones, from inside and by the probability of the word in held-out `windows`."""
     kept = safetensors.torch.load_file(run.artifact("03_train", "known") / "rows.safetensors")
     ids, table = kept["ids"].tolist(), []
-    model = models.load_decoder(str(run.artifact("03_train", "control/init")), "bf16")
+    source = run.artifact("03_train", "control/init")
+    model = models.load_decoder(str(source), models.compute_name(cfg.compute))
     words = intrinsic.whole_words(tokenizer)
     for side, matrix in (("input", model.get_input_embeddings().weight), ("output", model.get_output_embeddings().weight)):
         for which in ("start", "learnt"):

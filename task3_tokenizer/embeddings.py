@@ -12,13 +12,11 @@ from torch.nn import functional
 
 
 def untie(model) -> None:
-    """Give the model an output head of its own, at first equal to the input embedding, and say so in its config."""
-    old = model.get_input_embeddings().weight
-    head = nn.Linear(old.shape[1], old.shape[0], bias=False, dtype=old.dtype, device=old.device)
-    head.weight = nn.Parameter(old.detach().clone(), requires_grad=False)
+    """Give the output head a matrix of its own, at first equal to the input's, and say so in the config."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # what transformers 5 drops from a checkpoint as a copy of something else
-    model.set_output_embeddings(head)
 
 
 INITS = ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces")
@@ -49,14 +47,34 @@ def initial(matrix: torch.Tensor, splits: list[list[int]], method: str, side: st
     raise ValueError(f"init {method!r}: one of {', '.join(INITS)}")
 
 
+@torch.no_grad()
+def initialise(model, splits: dict[int, list[int]], method: str, seed: int, old: list | None = None) -> None:
+    """Write the first values of the new rows `splits` {id: ids of its pieces} into the model.
+
+    They are made of `old`, an input and an output matrix, or else of the model's own. A head's bias gets the
+    mean of the pieces' biases: with the mean of their rows, a new logit is then the mean of its pieces'
+    logits.
+    """
+    head, pieces = model.get_output_embeddings(), list(splits.values())
+    old = old or [model.get_input_embeddings().weight, head.weight]
+    rows = [initial(matrix, pieces, method, side, seed) for side, matrix in zip(("input", "output"), old)]
+    write_rows(model, list(splits), rows)
+    if head.bias is not None:
+        head.bias[list(splits)] = torch.stack([head.bias[ids].float().mean() for ids in pieces]).to(head.bias)
+
+
 class RowEmbedding(nn.Module):
     """An embedding whose rows `ids` are a parameter of their own, in fp32; the matrix is a buffer, or with `whole` a second parameter.
 
-    What is no parameter cannot be moved by weight decay, momentum or clipping. `forward`: (rows, columns) ids -> (rows, columns, hidden).
+    What is no parameter cannot be moved by weight decay, momentum or clipping. Gemma's embedding multiplies
+    each vector by a scale after the look-up, and so does this one.
+    `forward`: (rows, columns) ids -> (rows, columns, hidden).
     """
 
-    def __init__(self, weight: torch.Tensor, ids: list[int], whole: bool = False):
+    def __init__(self, embedding: nn.Embedding, ids: list[int], whole: bool = False):
         super().__init__()
+        weight = embedding.weight
+        self.scale = getattr(embedding, "embed_scale", None)
         place = torch.full((len(weight),), -1, device=weight.device)
         place[torch.tensor(ids)] = torch.arange(len(ids), device=weight.device)
         self.register_buffer("place", place, persistent=False)
@@ -67,17 +85,22 @@ class RowEmbedding(nn.Module):
     def forward(self, ids):
         place = self.place[ids]
         own = self.rows[place.clamp(min=0)]
-        return torch.where((place >= 0)[..., None], own, functional.embedding(ids, self.weight)).to(self.dtype)
+        old = functional.embedding(ids, self.weight)
+        found = torch.where((place >= 0)[..., None], own, old).to(self.dtype)
+        return found if self.scale is None else found * torch.as_tensor(self.scale, dtype=self.dtype)
 
 
 class RowHead(nn.Module):
     """An output head made in the same way; `shared` is the embedding of a tied model, whose parameters it then uses.
 
-    Frozen rows cost no weight gradient: for 50k tokens that is a third of the head. `forward`: (..., hidden) -> (..., vocabulary).
+    Frozen rows cost no weight gradient: for 50k tokens that is a third of the head. A bias stays as it is.
+    `forward`: (..., hidden) -> (..., vocabulary).
     """
 
-    def __init__(self, weight: torch.Tensor, ids: list[int], whole: bool = False, shared: RowEmbedding | None = None):
+    def __init__(self, head: nn.Linear, ids: list[int], whole: bool, shared: RowEmbedding | None):
         super().__init__()
+        weight = head.weight
+        self.bias = None if head.bias is None else nn.Buffer(head.bias.detach(), persistent=False)
         self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
         if shared is not None:
             self.weight, self.rows = shared.weight, shared.rows
@@ -86,17 +109,22 @@ class RowHead(nn.Module):
             self.rows = nn.Parameter(weight.detach()[self.ids].float())
 
     def forward(self, hidden):
-        own = functional.linear(hidden, self.rows.to(hidden.dtype))
-        return functional.linear(hidden, self.weight.to(hidden.dtype)).index_copy_(-1, self.ids, own)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        own = functional.linear(hidden, self.rows.to(hidden.dtype), None if bias is None else bias[self.ids])
+        return functional.linear(hidden, self.weight.to(hidden.dtype), bias).index_copy_(-1, self.ids, own)
 
 
 def train_rows(model, ids: list[int], whole: bool = False) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Freeze the model but the rows `ids` of both matrices and, with `whole`, these matrices; returns (rows, matrices) to train, each of
-    input and output, or one of each if the model is tied. A row of `ids` in the matrix is then dead: `write_rows` puts its own over it."""
+    """Freeze the model but the rows `ids` of both matrices and, with `whole`, these matrices.
+
+    Returns (rows, matrices) to train, each of input and output, or one of each if the model is tied. Rows
+    are in the order of `ids`. Such a row in the matrix is not used any more: `write_rows` puts the trained
+    one over it.
+    """
     model.requires_grad_(False)
-    ids, head = sorted(ids), model.get_output_embeddings()
-    inner = RowEmbedding(model.get_input_embeddings().weight, ids, whole)
-    outer = RowHead(head.weight, ids, whole, inner if model.config.tie_word_embeddings else None)
+    inner = RowEmbedding(model.get_input_embeddings(), ids, whole)
+    shared = inner if model.config.tie_word_embeddings else None
+    outer = RowHead(model.get_output_embeddings(), ids, whole, shared)
     model.set_input_embeddings(inner)
     model.set_output_embeddings(outer)
     return list(dict.fromkeys((inner.rows, outer.rows))), list(dict.fromkeys((inner.weight, outer.weight))) if whole else []
@@ -104,9 +132,9 @@ def train_rows(model, ids: list[int], whole: bool = False) -> tuple[list[nn.Para
 
 @torch.no_grad()
 def write_rows(model, ids: list[int], rows: list[torch.Tensor], matrices: list[torch.Tensor] = ()) -> None:
-    """Put `matrices` (vocabulary, hidden), if given, and over them rows (len(ids), hidden) into the input and, if there are two, the output
-    matrix of a plain model."""
-    where = torch.tensor(sorted(ids), device=model.device)
+    """Put `matrices` (vocabulary, hidden), if given, and over them rows (len(ids), hidden), in the order of
+    `ids`, into the input and, if there are two, the output matrix of a plain model."""
+    where = torch.tensor(ids, device=model.device)
     plain = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for matrix, values in zip(plain, matrices):
         matrix.copy_(values)

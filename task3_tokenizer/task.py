@@ -20,6 +20,7 @@ from common import models  # before anything that loads bitsandbytes: it keeps t
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from common import corpus, results, stats
 from task3_tokenizer import vocabulary
@@ -38,6 +39,10 @@ class Config:
     terms: str = "terms.csv"
     # Seed of every sample, shuffle and initialisation. Not a knob to pick: it names the draw.
     seed: int = 0
+    # Number format of weights and arithmetic. "auto" is the fastest that the hardware has: bf16 on most
+    # GPUs and on CPUs with AVX512-BF16 or AMX, fp16 on older NVIDIA cards, fp32 for weights and arithmetic
+    # alike on other CPUs, which only emulate bf16. Checkpoints are saved in it; fp32 takes twice the disk.
+    compute: str = "auto"
     # Texts scored at once, sorted by length. Part of the measurement: in bf16 a score can move in the third digit with it.
     eval_batch_size: int = 16
     # Uses of each term scored in held-out texts: 14 x 20 put the interval of a difference at about +-0.005 bits a byte.
@@ -97,6 +102,11 @@ def ids_of(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids if text else []
 
 
+def start_ids(tokenizer) -> list[int]:
+    """What stands before every text, in training and scoring: BOS if the tokenizer adds one, else EOS."""
+    return models.first_ids(tokenizer) or [tokenizer.eos_token_id]
+
+
 class Lexicon(NamedTuple):
     """The words of a run, and what they are to both tokenizers."""
     chosen: list[dict]  # {"term", "anchors", "negative_anchors", "definition"}
@@ -109,14 +119,14 @@ class Lexicon(NamedTuple):
     pieces: list[int]  # old ids of all terms: what the control trains where the other arm trains new rows
 
 
-def lexicon(model: str, file: Path) -> Lexicon:
-    """What 01 left in terms.json, with the tokenizers before and after."""
+def lexicon(model: str, file: Path, tokenizer: Path) -> Lexicon:
+    """What 01 left in terms.json and tokenizer/, with the tokenizer as it was before."""
     found, old = json.loads(file.read_text(encoding="utf-8")), models.load_tokenizer(model)
-    words = [row["term"] for row in found["terms"]]
-    new, added = vocabulary.extend(old, words)
+    new = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
+    added = found["added"]
     return Lexicon(found["terms"], found["known"], old, new, added, splits=vocabulary.spell(added, old.get_vocab()),
                    ids={what["term"]: what["id"] for what in added.values() if what["term"]},
-                   pieces=sorted({i for word in words for i in ids_of(old, f" {word}")}))
+                   pieces=sorted({i for row in found["terms"] for i in ids_of(old, f" {row['term']}")}))
 
 
 # ------------------------------------------------------------------------------------------------------------------- scores
@@ -139,24 +149,26 @@ def encode(tokenizer, row: dict, spelling=None) -> tuple[list[int], tuple[int, i
 
 @torch.inference_mode()
 def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids: list[int] = (), spelling=None) -> list[dict]:
-    """Each text {"text"[, "start", "end"]} after one EOS, logits in float32.
+    """Each text {"text"[, "start", "end"]} after `start_ids`, logits in float32.
 
     Per item: nats, tokens, bytes (UTF-8); mass, the probability of any of `new_ids` summed over positions where none comes; and for a row
     with a term term_nats, term_tokens, rank (of the term's first token, 1 = most probable), after_nats and after_bytes (what follows).
     """
     encoded = [encode(tokenizer, row, spelling) for row in rows]
-    decoder, head, items = model.get_decoder(), model.get_output_embeddings(), [{}] * len(rows)
+    decoder, first, items = model.get_decoder(), start_ids(tokenizer), [{}] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i][0]), i))
     new = torch.tensor(list(new_ids), dtype=torch.long, device=model.device)
     for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        width = 1 + max(len(encoded[i][0]) for i in batch)
-        lines = [[tokenizer.eos_token_id, *encoded[i][0]] for i in batch]
+        lines = [[*first, *encoded[i][0]] for i in batch]
+        width = max(map(len, lines))
         ids = torch.tensor([line + [tokenizer.pad_token_id] * (width - len(line)) for line in lines], device=model.device)
         mask = torch.tensor([[1] * len(line) + [0] * (width - len(line)) for line in lines], device=model.device)
-        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1][mask[:, 1:].bool()]
-        labels, nats, ranks, masses = ids[:, 1:][mask[:, 1:].bool()], [], [], []
+        real = mask[:, len(first):].bool()
+        states = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = states[:, len(first) - 1:-1][real]
+        labels, nats, ranks, masses = ids[:, len(first):][real], [], [], []
         for h, label in zip(hidden.split(512), labels.split(512)):  # 512 x 49,152 float32 logits are 100 MB
-            logits = head(h).float()
+            logits = models.logits_of(model, h)
             total, chosen = logits.logsumexp(1), logits.gather(1, label[:, None])
             nats += (total - chosen[:, 0]).tolist()
             ranks += (1 + (logits > chosen).sum(1)).tolist()
@@ -185,20 +197,11 @@ def measure(model, tokenizer, run, new_ids: list[int] = (), old_tokenizer=None) 
                     for kind in dict.fromkeys(row["set"] for row in texts)}
 
 
-def check_head(model, tokenizer) -> None:
-    """SystemExit unless the head is a plain matrix: scores and rows of their own know nothing of a bias, a scale or a cap after it."""
-    ids = torch.tensor([[tokenizer.eos_token_id, *ids_of(tokenizer, " a graph of nodes")]], device=model.device)
-    with torch.inference_mode():
-        plain = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state @ model.get_output_embeddings().weight.T
-        if not torch.allclose(plain.float(), model(input_ids=ids).logits.float(), rtol=0.05, atol=0.1):
-            raise SystemExit("this model does more after its output head than multiply (bias, scale or cap), which task 3 does not support")
-
-
 @torch.inference_mode()
 def go_on(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
-    """Ids of greedy continuations after one EOS and each prompt, up to EOS."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    ids = [[eos, *ids_of(tokenizer, prompt)] for prompt in prompts]
+    """Ids of greedy continuations after `start_ids` and each prompt, up to EOS."""
+    eos, pad, first = tokenizer.eos_token_id, tokenizer.pad_token_id, start_ids(tokenizer)
+    ids = [[*first, *ids_of(tokenizer, prompt)] for prompt in prompts]
     width = max(map(len, ids))
     batch = torch.tensor([[pad] * (width - len(line)) + line for line in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in ids], device=model.device)

@@ -80,51 +80,81 @@ def rates(cfg, stage: str, batch_size: int) -> tuple[float, float, float]:
     return part * (cfg.lr_rows if stage == "a" else cfg.lr_rows_later), part * cfg.lr_matrices, part * cfg.lr_lora
 
 
-def check_names(name: str, modules: list[str]) -> None:
-    """SystemExit before anything is trained if LoRA would not find its layers."""
+def lora_layers(cfg) -> dict[str, list[str]]:
+    """{"attention": names, "mlp": names} of the layers that get LoRA, as PEFT takes them: endings of names.
+
+    "auto" takes all linear layers of the decoder: those inside a module whose name has "attn" or
+    "attention" in it for the attention, the others for the MLP. Two parts of a name ("self_attn.q_proj")
+    keep the lists apart where both have a layer of one name, as GPT-2 has c_proj. SystemExit for a name
+    that is not there.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.resolve(name)))
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"})
-    if missing := [m for m in modules if m not in linear]:
-        raise SystemExit(f"MODEL={name}: no linear layer named {missing[0]!r} for attention=.. or mlp=..; it has {', '.join(linear) or 'none'}")
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.resolve(cfg.model)))
+    full = list(models.linear_layers(model))
+    there: dict[str, list[str]] = {"attention": [], "mlp": []}
+    for name in full:
+        kind = "attention" if "attn" in name or "attention" in name else "mlp"
+        there[kind].append(".".join(name.split(".")[-2:]))
+    there = {kind: list(dict.fromkeys(names)) for kind, names in there.items()}
+    found = {}
+    for kind, names in there.items():
+        asked = getattr(cfg, kind)
+        found[kind] = names if asked == "auto" else asked.split()
+        missing = [name for name in found[kind] if not any(f".{long}".endswith(f".{name}") for long in full)]
+        if missing or not found[kind]:
+            raise SystemExit(f"MODEL={cfg.model}: no linear layer for {kind}={' '.join(missing) or asked}; "
+                             f"it has {' '.join(there['attention'] + there['mlp']) or 'none'}")
+    return found
 
 
-def collate(examples: list[list[int]], pad_token_id: int) -> dict:
-    """Right-padded batch of id lists: input_ids, attention_mask, labels, each (rows, columns); padding is masked by length."""
+def collate(examples: list[list[int]], pad_token_id: int, first: int = 1) -> dict:
+    """Right-padded batch of id lists: input_ids, attention_mask, labels, each (rows, columns).
+
+    Labels are -100 for padding, which is found by length, and for the `first` tokens of a row, before its
+    text.
+    """
     width = max(map(len, examples))
     return {"input_ids": torch.tensor([e + [pad_token_id] * (width - len(e)) for e in examples]),
             "attention_mask": torch.tensor([[1] * len(e) + [0] * (width - len(e)) for e in examples]),
-            "labels": torch.tensor([e + [-100] * (width - len(e)) for e in examples])}
+            "labels": torch.tensor([[-100] * first + e[first:] + [-100] * (width - len(e))
+                                    for e in examples])}
 
 
 class WindowTrainer(Trainer):
-    """Trainer whose loss puts the head on real tokens only; the library's computes and upcasts logits (1 GB a step) for padding as well."""
+    """Trainer with logits of real tokens only; the library's has them of padding too, 1 GB a step in fp32.
+
+    `precision`, the format of the arithmetic, is set by `fit`.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper hides the decoder
-        mask = inputs["attention_mask"]
-        real = mask[:, 1:].bool()
-        with torch.autocast(mask.device.type, torch.bfloat16):
-            hidden = causal.get_decoder()(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
-            logits = causal.get_output_embeddings()(hidden[:, :-1][real])
-        return torch.nn.functional.cross_entropy(logits.float(), inputs["labels"][:, 1:][real])
+        labels = inputs["labels"][:, 1:]
+        real = labels != -100
+        with models.autocast(self.precision):
+            found = models.causal_of(model).get_decoder()(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            logits = models.logits_of(model, found.last_hidden_state[:, :-1][real])
+        return torch.nn.functional.cross_entropy(logits, labels[real])
 
 
 def fit(cfg, model, tokenizer, groups: list[tuple[list, float]], rows: list[dict], batch_size: int, name: str, log,
         trainer_class: type[Trainer] = WindowTrainer) -> dict:
     """Train the parameters of `groups` [(parameters, learning rate)] on windows `rows` in their order, once; returns facts and losses."""
-    examples = [[tokenizer.eos_token_id, *task.ids_of(tokenizer, row["text"])] for row in rows]
+    start = task.start_ids(tokenizer)
+    examples = [[*start, *task.ids_of(tokenizer, row["text"])] for row in rows]
     steps = math.ceil(len(examples) / batch_size)
+    precision = models.compute_name(cfg.compute)
     optimizer = torch.optim.AdamW([{"params": parameters, "lr": rate} for parameters, rate in groups], weight_decay=cfg.weight_decay)
     args = TrainingArguments(
         output_dir=str(results.ROOT / "runs"), per_device_train_batch_size=batch_size, train_sampling_strategy="sequential",
         max_steps=steps, lr_scheduler_type=cfg.schedule, warmup_steps=max(1, round(cfg.warmup * steps)), max_grad_norm=cfg.max_grad_norm,
-        bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed, save_strategy="no", logging_steps=cfg.log_every,
-        logging_nan_inf_filter=False, disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False, label_names=["labels"], report_to="none")
+        **models.trainer_dtype(precision), use_cpu=models.device().type == "cpu", seed=cfg.seed,
+        save_strategy="no", logging_steps=cfg.log_every, logging_nan_inf_filter=False,
+        disable_tqdm=not sys.stderr.isatty(), remove_unused_columns=False, label_names=["labels"], report_to="none")
     args._n_gpu = min(1, args.n_gpu)  # on a host with several the library would wrap the model, and train on batches as many times as large
     trainer = trainer_class(
         model=model, train_dataset=examples, args=args, optimizers=(optimizer, None), callbacks=[Log(log, ("loss", "grad_norm"), stage=name)],
-        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id))
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id, len(start)))
+    trainer.precision = precision
     trainer.remove_callback(PrinterCallback)
     started = time.time()
     trainer.train()
@@ -165,7 +195,7 @@ def dev_score(cfg, model, tokenizer, dev: list[dict]) -> float:
 
 def begin(cfg, folder: Path, tokenizer, splits: dict[int, list[int]], dev: list[dict], mark: str) -> dict:
     """The model before any training: untied unless the knob says tied, resized to the tokenizer, new rows initialised."""
-    model = models.load_decoder(cfg.model, "bf16")
+    model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
     if not cfg.tied and model.config.tie_word_embeddings:
         embeddings.untie(model)
     if cfg.tied and not model.config.tie_word_embeddings:
@@ -175,9 +205,7 @@ def begin(cfg, folder: Path, tokenizer, splits: dict[int, list[int]], dev: list[
     if splits:
         if cfg.tied and cfg.init in ("last and first piece", "weighted pieces"):
             raise SystemExit(f"init={cfg.init!r} gives input and output different rows, and tied=true has only one of them")
-        sides = zip(("input", "output"), (model.get_input_embeddings().weight, model.get_output_embeddings().weight))
-        rows = [embeddings.initial(matrix, [splits[i] for i in sorted(splits)], cfg.init, side, cfg.seed) for side, matrix in sides]
-        embeddings.write_rows(model, list(splits), rows)
+        embeddings.initialise(model, splits, cfg.init, cfg.seed)
     facts = {"identity": mark, "dev_bits_per_byte": dev_score(cfg, model, tokenizer, dev)}
     save(folder, model, tokenizer, facts)
     return facts
@@ -187,11 +215,13 @@ def train_stage(cfg, source: Path, target: Path, tokenizer, ids: list[int], whol
                 rows: list[dict], batch_size: int, dev: list[dict], mark: str, log) -> dict:
     """One stage from checkpoint to checkpoint: the rows `ids` of both matrices, with `whole` these matrices, and LoRA on `modules`, if any.
 
-    `rates`: learning rates of rows, matrices and LoRA. The adapter is merged into the 16-bit weights, rows are rounded to them, and dev bits
-    per byte are those of the saved model. Returns the facts. SystemExit, and nothing saved, if rows moved that nothing trained.
+    `rates`: learning rates of rows, matrices and LoRA. The adapter is merged into the weights, rows are
+    rounded to their format, and dev bits per byte are those of the saved model. Returns the facts.
+    SystemExit, and nothing saved, if rows moved that nothing trained.
     """
     transformers.set_seed(cfg.seed)
-    model = models.load_decoder(str(source), "bf16")
+    precision = models.compute_name(cfg.compute)
+    model = models.load_decoder(str(source), precision)
     model.config.use_cache = False
     own, matrices = embeddings.train_rows(model, ids, whole)
     groups = [(own, rates[0]), *([(matrices, rates[1])] if whole else [])]
@@ -203,7 +233,7 @@ def train_stage(cfg, source: Path, target: Path, tokenizer, ids: list[int], whol
         groups.append(([p for n, p in model.named_parameters() if "lora_" in n], rates[2]))
     facts = fit(cfg, model, tokenizer, groups, rows, batch_size, f"{target.parent.name}/{target.name}", log)
 
-    merged = models.load_decoder(str(source), "bf16")
+    merged = models.load_decoder(str(source), precision)
     before = [layer.weight.detach().clone() for layer in (merged.get_input_embeddings(), merged.get_output_embeddings())]
     if modules:
         adapter = target.with_name(f"{target.name}-adapter")
@@ -223,8 +253,9 @@ def stages(cfg, folder: Path, tokenizer, splits: dict[int, list[int]], ids: list
            log) -> Iterator[tuple[str, dict]]:
     """Train one arm, checkpoint after checkpoint under `folder`; yields (stage, facts), "init" first. `ids` are the rows that learn apart,
     `splits` those to initialise. A stage stored with the identity `mark(stage)` is not trained again."""
-    attention, mlp = cfg.attention.split(), cfg.mlp.split()
-    modules, batch_size, rounds = {"c1": attention, "c2": attention + mlp}, min(cfg.batch_size, len(grouped(rows))), 0
+    layers = lora_layers(cfg)
+    modules = {"c1": layers["attention"], "c2": layers["attention"] + layers["mlp"]}
+    batch_size, rounds = min(cfg.batch_size, len(grouped(rows))), 0
     source, now = folder / "init", mark("init")
     yield "init", stored(source, now) or begin(cfg, source, tokenizer, splits, dev, now)
     for stage, part in deal(cfg, rows).items():

@@ -20,12 +20,22 @@ def pieces(tokenizer, text: str) -> list[str]:
     return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def check_kind(tokenizer, name: str) -> None:
+    """SystemExit unless the tokenizer of the model `name` is byte-level BPE."""
+    kind = type(tokenizer).__name__  # of one that is not the tokenizers library's
+    if hasattr(tokenizer, "backend_tokenizer"):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        kind = state["model"]["type"]
+        if kind == "BPE":
+            if "ByteLevel" in json.dumps(state["pre_tokenizer"]):
+                return
+            kind = "BPE over characters, as SentencePiece makes it"
+    raise SystemExit(f"MODEL={name}: its tokenizer is {kind}, not byte-level BPE (GPT-2's, Llama 3's, "
+                     "Qwen's, SmolLM2's kind), which the merges of new words need")
+
+
 def check_terms(tokenizer, terms: list[str]) -> None:
     """SystemExit for what cannot become one new token, with the term and the reason."""
-    kind = json.loads(tokenizer.backend_tokenizer.to_str())
-    if kind["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(kind["pre_tokenizer"]):
-        raise SystemExit(f"MODEL={tokenizer.name_or_path}: its tokenizer is {kind['model']['type']}, not byte-level BPE (GPT-2's, Llama 3's, "
-                         "Qwen's, SmolLM2's kind), which the merges of new words need")
     seen = set()
     for number, term in enumerate(terms, 1):
         where = f"term {number} {term!r}"
@@ -91,9 +101,12 @@ def _with_state(tokenizer, state: dict):
     return new
 
 
-def variants(tokenizer, terms: list[str]) -> dict:
-    """{name: tokenizer} of every way to add `terms`: AddedToken with each combination people use, vocabulary entry with merges, and
-    vocabulary entry found by `ignore_merges` (whole pre-tokens are looked up first)."""
+def variants(tokenizer, terms: list[str], extended) -> dict:
+    """{name: tokenizer} of every way to add `terms`.
+
+    AddedToken with each combination people use; vocabulary entry with merges, which is `extended`, made by
+    `extend`; and vocabulary entry found by `ignore_merges` (whole pre-tokens are looked up first).
+    """
     def fresh():
         return _with_state(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
 
@@ -102,7 +115,7 @@ def variants(tokenizer, terms: list[str]) -> dict:
                                  ("AddedToken with blank", " ", {}), ("AddedToken with blank, single_word", " ", single)):
         built[name] = fresh()
         built[name].add_tokens([AddedToken(blank + term, normalized=False, **options) for term in terms])
-    built["entry and merges"] = extend(tokenizer, terms)[0]
+    built["entry and merges"] = extended
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     byte_level = {term: tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(f" {term}")[0][0] for term in terms}
     following = 1 + max(tokenizer.get_vocab().values())

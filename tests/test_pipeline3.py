@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,19 +10,25 @@ import time
 from functools import partial
 
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
+from transformers import PreTrainedTokenizerFast
 
+from common import results
+from task3_tokenizer import task, vocabulary
 from tests.conftest import environment, one_line, result_rows, step
 
 TASK = "task3_tokenizer"
 run, rows_of = partial(step, task=TASK), partial(result_rows, task=TASK)
 WORDS = ["Zorbex", "flumquatish", "крипта"]
-TRAIN = ["--set", "texts_a=4", "texts_b=2", "texts_c1=2", "texts_c2=2", "batch_size=3", "least_texts=20", "least_held_out=4", "n_known=2"]
+TRAIN = ["--set", "texts_a=4", "texts_b=2", "texts_c1=2", "texts_c2=2", "batch_size=3", "n_known=2",
+         "least_texts=20", "least_windows=20", "least_held_out=4"]
 HEAD = "term,anchors,negative_anchors,definition\n"
 
 
-@pytest.fixture(scope="module")
-def own(repo, tiny_model_folder):
-    """Arguments for 240 texts of random words around three terms and ten without, a list of these terms, and a tiny model."""
+def own_arguments(repo, model="") -> list[str]:
+    """Arguments for 240 texts of random words around three terms, ten without, the list of terms, a model."""
     rng, rows = random.Random(0), []
     common = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin", "yellow", "quiet", "table"]
     for i in range(240):
@@ -32,7 +39,12 @@ def own(repo, tiny_model_folder):
     rows += [{"text": " ".join(rng.choice(common) for _ in range(18)), "split": "train"} for _ in range(9)]
     (repo / "texts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (repo / "mine.csv").write_text(HEAD + "Zorbex,river stone,paper,a thing\nflumquatish,,,\nкрипта,,,деньги\n")
-    return ["--model", str(tiny_model_folder), "--data", str(repo / "texts.jsonl"), *TRAIN, f"terms={repo / 'mine.csv'}"]
+    return ["--model", str(model), "--data", str(repo / "texts.jsonl"), *TRAIN, f"terms={repo / 'mine.csv'}"]
+
+
+@pytest.fixture(scope="module")
+def own(repo, tiny_model_folder):
+    return own_arguments(repo, tiny_model_folder)
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +69,87 @@ def test_the_windows_without_terms_have_none(whole):
     assert len(texts) == 5 and not any(word in text for word in WORDS for text in texts)  # as many as the profile asks for, out of ten
 
 
-def test_the_last_checkpoint_opens_in_a_fresh_process_and_gives_what_04_stored(repo, whole):
-    """Plain transformers, no module of this repository: a term is one id, and its likelihood is the stored one."""
-    code = """
+OPEN_ELSEWHERE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation="eager").eval()
-out = []
+start, out = tokenizer("").input_ids or [tokenizer.eos_token_id], []
 for row in map(json.loads, open(sys.argv[2], encoding="utf-8")):
     ids = tokenizer(row["text"], add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == row["text"] and len(tokenizer(" " + row["term"], add_special_tokens=False).input_ids) == 1
-    ids = torch.tensor([[tokenizer.eos_token_id, *ids]])
+    ids = torch.tensor([[*start, *ids]])
     with torch.no_grad():
         out.append(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1))
+assert "common" not in sys.modules
 print(json.dumps(out))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(whole / "new" / "c2"), str(whole / "uses.jsonl")], cwd="/", capture_output=True,
-                          text=True, timeout=120, check=False)
+
+
+def nats_elsewhere(folder, uses) -> list[float]:
+    """Nats of the texts in `uses` by plain transformers in a fresh process, where a term is one id."""
+    done = subprocess.run([sys.executable, "-c", OPEN_ELSEWHERE, str(folder), str(uses)], cwd="/",
+                          capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_the_last_checkpoint_opens_in_a_fresh_process_and_gives_what_04_stored(whole):
     stored = [i["nats"] for i in json.loads((whole / "items.json").read_text())["new c2"]["uses"]]
-    assert json.loads(done.stdout) == pytest.approx(stored, rel=2e-2)  # bf16, and another batch
+    found = nats_elsewhere(whole / "new" / "c2", whole / "uses.jsonl")
+    assert found == pytest.approx(stored, rel=2e-2)  # bf16, and another batch
+
+
+def test_what_is_saved_names_no_path_of_this_machine(repo, whole, tiny_model_folder):
+    """What others get: checkpoints and the extended tokenizer."""
+    paths = [str(repo), str(results.ROOT), str(tiny_model_folder), sys.prefix, "site-packages"]
+    folders = [file.parent for file in whole.rglob("stage.json") if (file.parent / "config.json").exists()]
+    assert len(folders) == 10
+    for folder in [whole / "tokenizer", *folders]:
+        texts = [file for file in folder.iterdir() if file.suffix != ".safetensors"]
+        assert len(texts) >= 2
+        for file in texts:
+            text = file.read_text(encoding="utf-8")
+            assert not [path for path in paths if path in text], file
+
+
+def test_killed_after_the_last_step_it_ends_without_training_again(repo, own, whole):
+    """All is trained and saved, only the result is not: stored again with equal rows."""
+    result = repo / "results" / "whole3" / TASK / "03_train.json"
+    before = json.loads(result.read_text())
+    result.unlink()
+    done = run(repo, "03_train", "--run", "whole3", *own)
+    assert done.returncode == 0, done.stderr
+    after = json.loads(result.read_text())
+    assert after["rows"] == before["rows"]
+    assert after["artifacts"] == before["artifacts"]  # with the seconds that the stages took
+    assert "loss=" not in done.stdout
+
+
+def test_the_tokenizer_that_01_saved_is_the_one_all_steps_use(whole, tiny_model_folder, monkeypatch):
+    monkeypatch.setattr(vocabulary, "extend", None)  # made once
+    lexicon = task.lexicon(str(tiny_model_folder), whole / "terms.json", whole / "tokenizer")
+    expected = {term: lexicon.new(f" {term}").input_ids for term in WORDS}
+    assert {term: [i] for term, i in lexicon.ids.items()} == expected
+    for term, (i,) in expected.items():
+        assert lexicon.splits[i] == lexicon.old(f" {term}").input_ids
+    for folder in ("new/init", "new/c2"):
+        saved = (whole / folder / "tokenizer.json").read_text()
+        assert saved == (whole / "tokenizer" / "tokenizer.json").read_text()
+    assert lexicon.new.padding_side == lexicon.old.padding_side
+
+
+def test_a_term_with_fewer_windows_than_asked_is_accepted_and_said(repo, own, whole):
+    """A list needs `least_windows`; how many texts of it are shown is another matter."""
+    asked = [*own, "texts_a=1000"]
+    done = run(repo, "01_data", "--run", "few3", *asked)
+    rows = rows_of(repo, "few3", "01_data")
+    least = next(r["value"] for r in rows if r["metric"] == "least_training_windows_of_a_term")
+    assert f"least_windows_of_a_term={least}" in done.stdout.splitlines()[-1] and 20 <= least < 1000
+    shown = run(repo, "03_train", "--run", "few3", *asked)
+    assert shown.returncode == 0, shown.stderr
+    assert f"3 of 3 terms have fewer than the 1006 windows asked for, the fewest {least}" in shown.stdout
+    more = run(repo, "01_data", "--run", "bad3", *own, f"least_windows={least + 1}")
+    one_line(more, f"in {least} training", f"{least + 1} and 4 needed")
 
 
 def test_killed_and_resumed_training_equals_uninterrupted(repo, own, whole):
@@ -128,4 +201,18 @@ def test_words_are_found_without_a_list(repo, own):
 
 def test_a_wrong_list_and_a_wrong_tokenizer_are_one_line(repo, own, tiny_encoder_folder):
     one_line(run(repo, "01_data", "--run", "no3", *own[:-1], "terms=nowhere.csv"), "terms=nowhere.csv", "no such file", "terms=ru")
-    one_line(run(repo, "01_data", "--run", "no3", *own[2:], "--model", str(tiny_encoder_folder)), "WordPiece", "byte-level BPE")
+    done = run(repo, "01_data", "--run", "no3", *own[2:], "--model", str(tiny_encoder_folder))
+    one_line(done, "has no EOS token")
+
+
+def test_a_sentencepiece_tokenizer_is_refused_before_any_work(repo, own, tiny_model_folder, tmp_path):
+    """Mistral 7B's and Gemma's kind: a BPE whose entries are characters, with a sign for the blank."""
+    entries = ["<s>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    backend = Tokenizer(BPE({entry: i for i, entry in enumerate(entries)}, [], unk_token="<unk>"))
+    backend.normalizer, backend.decoder = Replace(" ", "▁"), decoders.Replace("▁", " ")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, model, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(model)
+    done = run(repo, "01_data", "--run", "no3", "--model", str(model), "--data", str(repo / "nothing.jsonl"))
+    one_line(done, "BPE over characters, as SentencePiece makes it", "byte-level BPE")
+    assert not any((repo / place / "no3").exists() for place in ("results", "runs"))

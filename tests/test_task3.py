@@ -118,7 +118,7 @@ class Knobs:
 
 def config(**more):
     values = dict(seed=0, tied=False, init="mean of pieces", weight_decay=0.0, schedule="cosine", warmup=0.1, max_grad_norm=1.0, log_every=50,
-                  eval_batch_size=4, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+                  eval_batch_size=4, lora_r=4, lora_alpha=8, lora_dropout=0.0, compute="bf16")
     return Knobs(**values | more)
 
 

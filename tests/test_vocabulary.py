@@ -69,6 +69,25 @@ def test_special_tokens_behind_the_vocabulary_keep_their_ids(tokenizer):
     assert new("<|behind|> NetworkX").input_ids == [behind, behind + 1]
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer"])
+def test_a_tokenizer_of_its_own_class_is_extended_and_saved_as_such(tokenizer, tmp_path, kind):
+    """transformers 5 builds some classes anew from entries and merges, and reads no more of the file."""
+    tokenizer.save_pretrained(tmp_path / "old")
+    settings = tmp_path / "old" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": kind}))
+    old = AutoTokenizer.from_pretrained(tmp_path / "old")
+    vocabulary.check_kind(old, "old")
+    new, added = vocabulary.extend(old, TERMS)
+    new.save_pretrained(tmp_path / "new")
+    again = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert type(again) is type(old)
+    for text in MIXED:
+        assert again(text).input_ids == new(text).input_ids
+    for term in TERMS:
+        (found,) = again(f" {term}").input_ids
+        assert found in [what["id"] for what in added.values()]
+
+
 def test_terms_that_contain_each_other_are_all_one_token(tokenizer):
     terms = ["MultiDiGraph", "DiGraph", "estimators", "estimator", "MultiDi"]
     new, _ = vocabulary.extend(tokenizer, terms)
@@ -89,8 +108,8 @@ SENTENCES = ["The NetworkX library", "a graph, undirected, of nodes", "Сего�
 
 
 @pytest.fixture(scope="module")
-def ways(tokenizer):
-    return vocabulary.variants(tokenizer, TERMS)
+def ways(tokenizer, extended):
+    return vocabulary.variants(tokenizer, TERMS, extended[0])
 
 
 def count(way):
