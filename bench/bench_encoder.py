@@ -32,18 +32,19 @@ from task2_encoder import training
 def stock(cfg, rows: list[dict], steps: int, folder) -> float:
     """Seconds for `steps` steps with the library's defaults."""
     model = SentenceTransformer(models.resolve(cfg.model), device=str(models.device()),
-                                model_kwargs={"quantization_config": models.nf4(cfg.double_quant, skip=["pooler"])})
+                                model_kwargs={"quantization_config": models.nf4(cfg.compute, cfg.double_quant, skip=["pooler"])})
     models.keep_gradients(model)
     model.max_seq_length = cfg.max_tokens
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(task_type="FEATURE_EXTRACTION", r=cfg.lora_r, lora_alpha=cfg.lora_alpha,
-                                 target_modules=cfg.target_modules.split(","), exclude_modules=["pooler.dense"]))
+                                 target_modules=training.targets(model, cfg), exclude_modules=["pooler.dense"]))
     trainer = SentenceTransformerTrainer(
         model=model, loss=MultipleNegativesRankingLoss(model, scale=cfg.scale, **training.SYMMETRIC),
         train_dataset=Dataset.from_dict({side: [r[side] for r in rows] for side in ("anchor", "positive")}),
         args=SentenceTransformerTrainingArguments(
             output_dir=str(folder), per_device_train_batch_size=cfg.batch_size, max_steps=steps, learning_rate=cfg.learning_rate,
-            batch_sampler=BatchSamplers.NO_DUPLICATES, bf16=True, use_cpu=models.device().type == "cpu", save_strategy="no",
+            batch_sampler=BatchSamplers.NO_DUPLICATES,
+            **models.trainer_dtype(training.compute_of(cfg)), use_cpu=models.device().type == "cpu", save_strategy="no",
             logging_strategy="no", disable_tqdm=True, report_to="none"))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

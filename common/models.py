@@ -262,8 +262,8 @@ def load_encoder(name: str, precision: str, compute: str = "auto", double_quant:
     """A SentenceTransformer in eval mode, on the accelerator if any; `precision`, `compute` and `double_quant` as in `load_decoder`.
 
     The pooler stays out of the 4 bits: mean-pooled models never use it. `max_tokens` cuts longer texts. SystemExit if it is above
-    what the model was made for. `prompts` replaces {"query": text, "document": text}. Attention as in `load_decoder`: plain on a
-    CPU, where a 64 x 128 step took 2.6 s, fused 4.0 s.
+    what the model was made for. `prompts` replaces {"query": text, "document": text}. Attention is the plain one on a
+    CPU, where a 64 x 128 step took 2.6 s, fused 4.0 s, and the library's choice elsewhere (MPNet has no fused one).
     """
     from sentence_transformers import SentenceTransformer  # here: it takes seconds, and task 1 does without
     check_precision(precision, double_quant)
@@ -271,7 +271,7 @@ def load_encoder(name: str, precision: str, compute: str = "auto", double_quant:
     model = SentenceTransformer(resolve(name, ENCODERS), device=str(where), trust_remote_code=False, model_kwargs={
         "quantization_config": nf4(compute, double_quant, skip=["pooler"]) if precision == "nf4" else None,
         "dtype": DTYPES[compute_name(compute) if precision == "nf4" else precision],
-        "attn_implementation": "sdpa" if where.type != "cpu" else "eager"})
+        **({"attn_implementation": "eager"} if where.type == "cpu" else {})})
     limit = model.max_seq_length
     if max_tokens and limit and max_tokens > limit:
         raise SystemExit(f"max_tokens={max_tokens}: {name} reads at most {limit} tokens; set SET=max_tokens={limit} or less")

@@ -76,6 +76,12 @@ def open_checkpoints(folder: Path, identity: list) -> tuple[str | None, Path]:
     return last, log
 
 
+def remove(checkpoints: Path) -> None:
+    """Delete the checkpoints, their identity first: without it nothing resumes from what a kill leaves."""
+    (checkpoints / "identity").unlink()
+    shutil.rmtree(checkpoints)
+
+
 def finish() -> None:
     """Leave the process group, so that the first process may go on alone while the others end."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import shutil
 from dataclasses import dataclass
 
-from common import models
+from common import models, trainer
 from task1_decoder import task, training
 
 
@@ -116,7 +116,7 @@ def main(run):
             for h in history for m in ("loss", "eval_loss") if m in h]
     rows += [{"table": "training", "model": "tuned", "metric": name, "value": value} for name, value in facts.items()]
     run.save(rows, artifacts=["adapter"], tokens_per_second=facts["tokens_per_second"])
-    shutil.rmtree(checkpoints)
+    trainer.remove(checkpoints)
     run.log(dev_nll_before=facts["dev_nll_before"], dev_nll_best=facts["dev_nll_best"], steps=facts["steps"])
 
 

@@ -34,7 +34,7 @@ from common import models  # before anything that loads bitsandbytes: it keeps t
 
 import torch
 
-from common import stats
+from common import stats, trainer
 from task1_decoder import task, training
 
 
@@ -74,7 +74,7 @@ def train_row(folder, config, data_hash, pool, dev, test):
     cfg = SimpleNamespace(**config)
     model, facts, _ = training.train(cfg, pool, dev, folder / "checkpoints", [data_hash], lambda **values: None)
     items = task.loss_only(model, models.load_tokenizer(cfg.model), test, cfg)
-    shutil.rmtree(folder / "checkpoints")
+    trainer.remove(folder / "checkpoints")
     return {"items": items, "facts": facts}
 
 

@@ -102,9 +102,11 @@ def specs(choice_file: Path) -> list[dict]:
         config["custom_dataset"] = lambda items=items, **_: {"validation": items}
         config |= {"training_split": None, "test_split": None, "fewshot_split": None}  # the few-shot code looks even at 0-shot
         tasks.append(config)
-    own = load_yaml(OWN)
-    own["custom_dataset"] = lambda **_: {"test": datasets.Dataset.from_json(str(choice_file))}
-    return [*tasks, own]
+    if choice_file.stat().st_size:  # own data with few different answers makes no questions
+        own = load_yaml(OWN)
+        own["custom_dataset"] = lambda **_: {"test": datasets.Dataset.from_json(str(choice_file))}
+        tasks.append(own)
+    return tasks
 
 
 def sample(n_items: int, n: int) -> list[int]:

@@ -5,14 +5,23 @@ Writes  results/<run>/task2_encoder/01_data.json and runs/<run>/task2_encoder/{t
 Needs   about 60 s and 1.5 GB the first time, 40 s with the parsed corpus cached under runs/assets/
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's modules, not another's
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from common import corpus, models, results
+from common import corpus
 from task2_encoder import pairs, task
 
 
@@ -46,7 +55,8 @@ PROFILES = {
 def corpus_rows():
     """Corpus functions as {id, anchor, positive, package, name, split}; duplicates are still in."""
     return [{"id": r["id"], "anchor": r["summary"], "positive": r["code"], "package": r["package"], "split": r["split"],
-             "name": f"{r['module']}.{r['qualname']}"} for r in corpus.load(deduplicated=False)[0]]
+             "module": r["module"], "name": f"{r['module']}.{r['qualname']}"}
+            for r in corpus.load(deduplicated=False)[0]]
 
 
 def own_rows(run):
@@ -63,7 +73,8 @@ def own_rows(run):
 
 def main(run):
     cfg = run.cfg
-    tokenizer = models.load_encoder(cfg.model, "fp32", max_tokens=cfg.max_tokens).tokenizer  # first: a wrong MODEL= is said before work
+    encoder = task.load_encoder(cfg, "fp32")  # first: a wrong MODEL= is said before work
+    tokenizer = encoder.tokenizer
     rows, counts = pairs.clean(corpus_rows() if cfg.data == "corpus" else own_rows(run))
     splits = {s: [r for r in rows if r["split"] == s] for s in pairs.SPLITS}
     asked, others = pairs.take(splits["test"], cfg.n_pool, cfg.seed)
@@ -78,14 +89,16 @@ def main(run):
             raise SystemExit(f"DATA={cfg.data}: {counts[split]} rows left for {split}, at least {least} needed ({counts}); add rows")
 
     leaks = pairs.leaks(splits["train"], splits["test"] + splits["dev"])
-    told = sum(corpus.normalise(r["anchor"]) in corpus.normalise(r["positive"]) for part in splits.values() for r in part)
+    everything = [row for part in splits.values() for row in part]
+    repeated = sum(corpus.normalise(r["anchor"]) in corpus.normalise(r["positive"]) for r in everything)
     asked = task.pool(splits["test"])
     lexical = task.mean(task.evaluate(asked, hits=task.bm25(asked)), "mrr@10")
-    pairs.refuse_leaks(leaks, told, lexical)
+    pairs.refuse_leaks(leaks, repeated, lexical)
 
     table = [{"table": "counts", "model": "all", "metric": k, "value": v} for k, v in counts.items()]
     table += [{"table": "leaks", "model": "test and dev", "metric": k, "value": n, "n": counts["test"] + counts["dev"]} for k, n in leaks.items()]
-    table += [{"table": "leaks", "model": "all", "metric": "anchor_in_positive", "value": told, "n": sum(map(len, splits.values()))},
+    table += [{"table": "leaks", "model": "all", "metric": "anchor_in_positive", "value": repeated,
+               "n": len(everything)},
               {"table": "leaks", "model": "test", "metric": "bm25_mrr@10", "value": lexical, "n": len(asked.queries)}]
     answers = np.array([len(relevant) for relevant in asked.relevant.values()])
     table += [{"table": "pool", "model": "pool", "metric": "queries", "value": len(asked.queries)},
@@ -94,10 +107,13 @@ def main(run):
               {"table": "pool", "model": "pool", "metric": "right_answers_a_query", "value": float(answers.mean())},
               {"table": "pool", "model": "pool", "metric": "queries_with_several", "value": int((answers > 1).sum())}]
     for split, part in splits.items():
-        for side in ("anchor", "positive"):
-            lengths = np.array([len(ids) for ids in tokenizer([r[side] for r in part], verbose=False).input_ids])
-            found = {f"p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)} | {"cut_share": float(np.mean(lengths > cfg.max_tokens))}
-            table += [{"table": "tokens", "model": split, "metric": f"{side}_tokens_{k}", "value": v, "n": len(part)} for k, v in found.items()]
+        for side, kind in (("anchor", "query"), ("positive", "document")):
+            ids = tokenizer([encoder.prompts[kind] + r[side] for r in part], verbose=False).input_ids
+            lengths = np.array([len(text) for text in ids])
+            shown = {f"p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)}
+            shown["cut_share"] = float(np.mean(lengths > encoder.max_seq_length))
+            table += [{"table": "tokens", "model": split, "metric": f"{side}_tokens_{name}", "value": value,
+                       "n": len(part)} for name, value in shown.items()]
     for side, text in zip(("anchor", "positive"), task.OURS):
         table += [{"table": "example", "model": side, "position": i, "token": tokenizer.convert_ids_to_tokens(t), "id": t}
                   for i, t in enumerate(tokenizer(text).input_ids)]

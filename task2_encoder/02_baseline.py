@@ -7,12 +7,22 @@ Writes  results/<run>/task2_encoder/02_baseline.json, runs/<run>/task2_encoder/{
 Needs   about 2 min and 2 GB on 2 cores
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's modules, not another's
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+
 import json
 from dataclasses import dataclass
 
 from safetensors.torch import save_file
 
-from common import models, results
+from common import models
 from task2_encoder import task
 
 
@@ -32,15 +42,17 @@ def main(run):
     items = {"random": {name: task.evaluate(pool, hits=task.at_random(pool, cfg.seed)) for name, pool in pools.items()},
              "BM25": {name: task.evaluate(pool, hits=task.bm25(pool)) for name, pool in pools.items()}}
 
-    model = models.load_encoder(cfg.model, "nf4", cfg.double_quant, cfg.max_tokens)
+    model, base = task.load_encoder(cfg), f"{models.label(cfg.precision)} base"
     size = models.size(model)
-    items["NF4 base"], vectors = task.measure(model, run, test)
+    items[base], vectors = task.measure(model, run, test)
     del model
-    model = models.load_encoder(cfg.model, "fp32", max_tokens=cfg.max_tokens)
-    items["fp32 base"] = task.measure_pools(model, run, test)
+    model = task.load_encoder(cfg, "fp32")
+    if base != "fp32 base":
+        items["fp32 base"] = task.measure_pools(model, run, test)
 
-    rows = [{"table": "size", "model": "base", "metric": k, "value": v} for k, v in
-            {"parameters": size["parameters"], "bytes_4bit": size["bytes"], "bytes_fp32": models.size(model)["bytes"]}.items()]
+    sizes = {"parameters": size["parameters"], f"bytes_{cfg.precision}": size["bytes"],
+             "bytes_fp32": models.size(model)["bytes"]}
+    rows = [{"table": "size", "model": "base", "metric": k, "value": v} for k, v in sizes.items()]
     for model_name, tables in items.items():
         rows += task.rows_of(tables, model_name, test, cfg.n_general)
     results.write_atomic(run.folder / "items_base.json", json.dumps(items))

@@ -7,6 +7,16 @@ Writes  results/<run>/task2_encoder/04_eval.json, runs/<run>/task2_encoder/{item
 Needs   about 2.5 min and 2 GB on 2 cores
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's modules, not another's
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+
 import json
 from dataclasses import dataclass
 
@@ -18,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from common import results, stats
+from common import stats
 from task2_encoder import task, training
 
 
@@ -42,16 +52,16 @@ HEADLINE = ("mrr@10", "ndcg@10", "recall@1", "recall@10")
 
 
 def reloaded(run, asked, adapter):
-    """{model: vectors of the pool} of what plain sentence-transformers opens from disk, for the attribution table and its checks."""
-    cfg = run.cfg
-    plain = {"fp32 + adapter": adapter, "merged fp32": run.artifact("03_train", "merged")}
-    vectors = {}
-    for name, folder in plain.items():
-        model = SentenceTransformer(str(folder), device=str(models.device()), model_kwargs={"dtype": torch.float32})  # not as stored
-        if model.max_seq_length != cfg.max_tokens:
-            raise SystemExit(f"{results.shown(folder)} reads {model.max_seq_length} tokens, not the {cfg.max_tokens} it was trained with")
-        vectors[name] = task.embed_task(model, asked, cfg.eval_batch_size)
-    return vectors
+    """{model: vectors of the pool} of what others open from disk: the adapter on the fp32 base with plain
+    PEFT, the merged model with plain sentence-transformers."""
+    cfg, folder = run.cfg, run.artifact("03_train", "merged")
+    fp32 = {"dtype": torch.float32}  # however it is stored
+    merged = SentenceTransformer(str(folder), device=str(models.device()), model_kwargs=fp32)
+    opened = {"fp32 + adapter": training.with_peft(adapter, cfg), "merged fp32": merged}
+    read = [model.max_seq_length for model in opened.values()]
+    if read[0] != read[1]:
+        raise SystemExit(f"{results.shown(folder)} reads {read[1]} tokens, it was trained with {read[0]}")
+    return {name: task.embed_task(model, asked, cfg.eval_batch_size) for name, model in opened.items()}
 
 
 def largest_difference(a, b):
@@ -100,8 +110,9 @@ def main(run):
         run.load(step)
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
-    before, adapter = stored["NF4 base"], run.artifact("03_train", "adapter")
-    model = training.load_adapter(adapter, cfg.model, "nf4", cfg.double_quant, cfg.max_tokens)
+    base, tuned = (f"{models.label(cfg.precision)} {what}" for what in ("base", "+ adapter"))
+    before, adapter = stored[base], run.artifact("03_train", "adapter")
+    model = training.load_adapter(adapter, cfg)
     after, vectors = task.measure(model, run, test)
     asked = task.pool(test)
     del model
@@ -120,18 +131,21 @@ def main(run):
         old, new = before["downstream"], after["downstream"]
         delta = stats.mcnemar(old["correct"], new["correct"])
         rows += [{"table": "downstream", "model": "delta", "metric": "accuracy", **delta, "verdict": stats.verdict(delta, True)}]
+        rows += [{"table": "downstream", "model": "majority", "metric": "accuracy", "value": old["majority"],
+                  "n": len(old["correct"])}]
         rows += maps(load_file(run.artifact("02_baseline", "vectors_base.safetensors")), vectors["document"], test, cfg)
 
-    systems = {**{name: stored[name]["pool"] for name in ("random", "BM25", "fp32 base", "NF4 base")}, "NF4 + adapter": after["pool"]}
+    systems = {name: stored[name]["pool"] for name in ("random", "BM25", "fp32 base", base)}
+    systems[tuned] = after["pool"]
     opened = reloaded(run, asked, adapter)
     systems |= {name: task.evaluate(asked, found) for name, found in opened.items()}
-    for name in ("NF4 base", "NF4 + adapter"):
+    for name in (base, tuned):
         systems[f"RRF of BM25 and {name}"] = task.evaluate(asked, hits=task.fuse(systems["BM25"], systems[name]))
     for name, items in systems.items():
         rows += task.metric_rows("systems", name, items, len(asked.documents))
         rows += task.delta_rows("systems minus fp32 base", systems["fp32 base"], items, ("mrr@10",), model=name)
     parity = {"merged fp32 against fp32 + adapter": largest_difference(opened["merged fp32"], opened["fp32 + adapter"]),
-              "NF4 + adapter against fp32 + adapter": largest_difference(opened["fp32 + adapter"], vectors)}
+              f"{tuned} against fp32 + adapter": largest_difference(opened["fp32 + adapter"], vectors)}
     if parity["merged fp32 against fp32 + adapter"] > 1e-5:
         raise SystemExit(f"{results.shown(run.folder / 'merged')} is not base + adapter: embeddings differ by {parity}")
     rows += [{"table": "parity", "model": name, "metric": "largest embedding difference", "value": value} for name, value in parity.items()]

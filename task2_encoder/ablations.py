@@ -8,14 +8,23 @@ Writes  results/<run>/task2_encoder/ablations.json, runs/<run>/task2_encoder/abl
 Needs   about 2.5 min a row, 27 min in all, and 4 GB on 2 cores
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's modules, not another's
+
+from common import results
+
+if __name__ == "__main__":
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
-from common import results
+from common import models
 from common import trainer as trainer_common
 from task2_encoder import task, training
 
@@ -62,7 +71,7 @@ def train_row(folder, name, method, config, data_hash, rows, dev, test):
     model, facts, _ = training.train(cfg, rows, dev, folder / "checkpoints", data_hash, lambda **values: None, method)
     asked = task.pool(test)
     items = task.evaluate(asked, task.embed_task(model, asked, cfg.eval_batch_size))
-    shutil.rmtree(folder / "checkpoints")
+    trainer_common.remove(folder / "checkpoints")
     return {"items": items, "facts": facts}
 
 
@@ -73,7 +82,8 @@ def main(run):
     run.load("04_eval")
     names, data_hash = results.chosen(run.cfg.only, list(ROWS)), results.result_hash(data)
     rows, dev, test = (results.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
-    base = json.loads(run.artifact("02_baseline", "items_base.json").read_text())["NF4 base"]["pool"]
+    stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
+    base = stored[f"{models.label(run.cfg.precision)} base"]["pool"]
     tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["pool"]
     facts = {r["metric"]: r["value"] for r in trained["rows"] if r["table"] == "training"}
     done, documents = {"as in 03": {"items": tuned, "facts": facts}}, len(task.pool(test).documents)

@@ -8,6 +8,7 @@ from common import spread
 from common.report import Found, Rows, choices, code, cost, draw, each_run, fold, interval, main_run, number, p_value, shown, table
 
 TASK = "task2_encoder"
+PRECISIONS = {"nf4": "NF4"}  # other names as they are
 HEAD = ["what", "documents", "metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "n", "won / same / lost", "verdict"]
 
 
@@ -59,6 +60,8 @@ def results_block(found: Found) -> str:
         delta = rows.one(table="downstream", model="delta", metric=base["metric"])
         down.append([base["metric"], interval(base), interval(rows.one(table="downstream", model="tuned", metric=base["metric"])), interval(delta),
                      *((p_value(delta["p"]), delta["verdict"]) if delta else ("–", "–"))])
+    majority = rows.one(table="downstream", model="majority")  # older results have none, and had random folds
+    folds = f"5 folds by module; the largest topic has {number(majority['value'])}" if majority else "5-fold"
     parity = [[r["model"], number(r["value"])] for r in rows.all(table="parity")]
     return "\n\n".join([
         f"Queries of unseen packages against the pool of {number(rows.one(table='pool', model='base')['documents'])} documents:",
@@ -72,8 +75,9 @@ def results_block(found: Found) -> str:
         "Is it the 4 bits, the adapter or the merge, and would a search engine without training do? The same queries and pool throughout:",
         systems(rows), f"![MRR@10 of each system](results/{run}/{TASK}/systems.svg)",
         fold("Baselines on both pools", table(["model", "documents", "MRR@10", "R@1", "R@10"], baselines)),
-        "The embeddings as features for something else, package.subpackage of a held-out function (logistic regression, 5-fold; k-means, mean "
-        "of 10 starts):", table(["metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "verdict"], down),
+        "The embeddings as features for something else, package.subpackage of a held-out function "
+        f"(logistic regression, {folds}; k-means, mean of 10 starts):",
+        table(["metric", "base [95 %]", "tuned [95 %]", "delta [95 %]", "p", "verdict"], down),
         f"![embedding map](results/{run}/{TASK}/map.svg)",
         "What was saved opens again with plain sentence-transformers; largest difference between two embeddings of the pool:",
         table(["compared", "difference"], parity)])
@@ -96,6 +100,8 @@ def ablations(found: Found) -> str:
     if rows is None or not rows.rows:
         return "not run: `make ablations`"
 
+    used = rows.config.get("precision", "nf4")
+
     def fact(name, metric):
         return rows.one(table="ablation facts", model=name, metric=metric)["value"]
     body = [[r["model"], number(fact(r["model"], "trainable_parameters")), f"{fact(r['model'], 'kept_step')} of {fact(r['model'], 'steps')}",
@@ -103,7 +109,8 @@ def ablations(found: Found) -> str:
              interval(rows.one(table="ablation minus base", model=r["model"])), interval(rows.one(table="ablation minus 03", model=r["model"]))]
             for r in rows.all(table="ablation", metric="mrr@10")]
     head = ["changed", "trained parameters", "step kept", "dev MRR@10", "dev at the last step",
-            "test MRR@10 [95 %]", "minus NF4 base [95 %]", "minus the row of 03 [95 %]"]
+            "test MRR@10 [95 %]", f"minus {PRECISIONS.get(used, used)} base [95 %]",
+            "minus the row of 03 [95 %]"]
     return table(head, body)
 
 

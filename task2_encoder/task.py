@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from common import models  # noqa: F401 - before anything that loads bitsandbytes: it keeps that quiet
+from common import models  # before anything that loads bitsandbytes: it keeps that quiet
 
 # isort: split
 
+import bm25s
 import numpy as np
 import torch
+from bm25s.stopwords import STOPWORDS_EN
+from nltk.stem.porter import PorterStemmer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import cos_sim
 
@@ -29,8 +33,28 @@ class Config:
     model: str = "embedded-minilm"
     # "corpus": summary -> function of the installed packages. Or JSONL/CSV/Parquet/hub id with columns anchor,positive.
     data: str = "corpus"
-    # Of the 4-bit base: quantise the block scales too, 0.5 -> 0.127 bit a parameter (QLoRA paper, sec. 3). No loss measured there.
+    # The frozen base, trained and scored alike. NormalFloat4: quantiles of a normal distribution, which
+    # trained weights follow (Dettmers et al. 2023, arXiv:2305.14314, sec. 3). An encoder this small fits
+    # anywhere: fp32 and bf16 show what 4 bits cost.
+    precision: str = "nf4"
+    # Quantise the block scales too, 0.5 -> 0.127 bit a parameter (same paper). No loss measured there.
     double_quant: bool = True
+    # Number format of the arithmetic: "auto" takes what the hardware has (bf16; fp16 on a T4 or V100; fp32 on
+    # a CPU without fast bf16). common/models.py decides once and every result says which.
+    compute: str = "auto"
+    # Text put before every query, in training and search alike. "own" takes what the model was saved with, ""
+    # none. E5 wants "query: ", BGE (English) "Represent this sentence for searching relevant passages: ".
+    # Models saved by older versions of the library do not say so themselves.
+    query_prompt: str = "own"
+    # The same for documents: the model's prompt named document, else passage, else corpus.
+    # E5 wants "passage: ", BGE none.
+    document_prompt: str = "own"
+    # Cosines are multiplied by this before the softmax of the loss (1 / temperature), as all-MiniLM-L6-v2 was
+    # trained. Take what your model was trained with: BGE 50, E5 and GTE 100, whose cosines all lie between
+    # 0.7 and 1.
+    scale: float = 20.0
+    # GiB of memory to plan the training for, 0 = what is free. 03 computes fewer rows at once to stay below.
+    memory_gib: float = 0
     # Tokens read of a text. Held-out code has a median of 157, yet more is no better: MRR@10 of the base among 600 dev functions was 0.646 at
     # 64 tokens, 0.659 at 128, 0.649 at 256, and 256 cost 1.5 times the time.
     max_tokens: int = 128
@@ -55,6 +79,17 @@ PROFILES = {
 DEPTH = 100  # ranks kept per query: enough to say "from 57 to 1", and what rank fusion reads
 OURS = ("Limit a value to the closed interval from low to high.",
         "def clamp(value, low, high):\n    return max(low, min(value, high))")  # a pair of ours, so it may be printed in full
+
+
+def load_encoder(cfg, precision: str | None = None):
+    """The encoder of these knobs, in eval mode; with `precision` in another number format than the knob's."""
+    prompts = {"query": cfg.query_prompt, "document": cfg.document_prompt}
+    given = {kind: text for kind, text in prompts.items() if text != "own"}
+    model = models.load_encoder(cfg.model, precision or cfg.precision, cfg.compute, cfg.double_quant,
+                                cfg.max_tokens, given)
+    if model.default_prompt_name not in model.prompts:  # "passage" became "document": it would not open again
+        model.default_prompt_name = None
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------- retrieval
@@ -146,13 +181,24 @@ def words(text: str) -> list[str]:
     return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+", text)]
 
 
+def terms(text: str) -> list[str]:
+    """What BM25 compares: `words` without Lucene's 33 English stop words, cut to their stems (Porter 1980).
+
+    Stop words are left out of the code as well, where in, for, if, not and is are Python's and say nothing.
+    """
+    return [stem(word) for word in words(text) if word not in STOPWORDS_EN]
+
+
+stem = functools.cache(PorterStemmer().stem)  # 20 microseconds a word, and code repeats its words
+
+
 def bm25(task: Retrieval) -> list[list[dict]]:
     """Hits of BM25 (k1 1.5, b 0.75, bm25s: Lu 2024, arXiv:2407.03618), the search engine that needs no training."""
-    import bm25s
     ids = list(task.documents)
     index = bm25s.BM25(k1=1.5, b=0.75)
-    index.index([words(text) for text in task.documents.values()], show_progress=False)
-    found, scores = index.retrieve([words(q) for q in task.queries.values()], k=min(DEPTH, len(ids)), show_progress=False)
+    index.index([terms(text) for text in task.documents.values()], show_progress=False)
+    queries = [terms(query) for query in task.queries.values()]
+    found, scores = index.retrieve(queries, k=min(DEPTH, len(ids)), show_progress=False)
     return [[{"corpus_id": ids[i], "score": float(s)} for i, s in zip(*row)] for row in zip(found.tolist(), scores.tolist())]
 
 
@@ -188,32 +234,46 @@ def general_rows(n: int) -> list[dict]:
     return rows[:n or None]
 
 
+FOLDS = 5  # of the topic probe
+
+
 def topics(rows: list[dict], least: int = 30) -> dict[str, str]:
-    """{document id: topic} where the topic is package.subpackage, for topics with at least `least` documents."""
-    documents = retrieval(rows).documents
-    topic = {row["id"]: ".".join(row["name"].split(".")[:2]) for row in rows if row["id"] in documents}
-    sizes = defaultdict(int)
-    for name in topic.values():
-        sizes[name] += 1
-    return {i: name for i, name in topic.items() if sizes[name] >= least}
+    """{document id: topic} where the topic is package.subpackage, for topics with at least `least` documents
+    in FOLDS modules: one of fewer modules would be missing from the training side of a fold."""
+    documents, members = retrieval(rows).documents, defaultdict(list)
+    for row in rows:
+        if row["id"] in documents:
+            members[".".join(row["name"].split(".")[:2])].append(row)
+    return {row["id"]: name for name, own in members.items() for row in own
+            if len(own) >= least and len({r["module"] for r in own}) >= FOLDS}
 
 
 # ---------------------------------------------------------------------------------------------------------------- measuring
 
-def downstream(vectors: np.ndarray, labels: list[str], seed: int) -> dict:
-    """Frozen embeddings (n, dimensions) as features: logistic regression in 5-fold cross-validation, k-means with 10 starts.
+def downstream(vectors: np.ndarray, labels: list[str], modules: list[str], seed: int) -> dict:
+    """Frozen embeddings (n, dimensions) as features: logistic regression, and k-means with 10 starts.
 
-    {"correct": 0/1 per item, "macro_f1": scalar, "v_measure": one per start (Rosenberg & Hirschberg 2007)}.
+    No module is on both sides of a fold, or the probe could recognise a module instead of a topic. C is
+    chosen inside the training side, by folds of the same kind. Returns {"correct": 0/1 per item, "majority":
+    the share of the largest topic, "macro_f1": scalar, "v_measure": one per start (Rosenberg & Hirschberg
+    2007)}.
     """
     from sklearn.cluster import KMeans
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score, v_measure_score
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    predicted = cross_val_predict(LogisticRegression(C=10, max_iter=300), vectors, labels, cv=folds)
+    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+    labels, modules = np.array(labels), np.array(modules)
+    folds, inner = (StratifiedGroupKFold(n, shuffle=True, random_state=seed) for n in (FOLDS, 3))
+    predicted = np.empty_like(labels)
+    for train, test in folds.split(vectors, labels, modules):
+        probe = GridSearchCV(LogisticRegression(max_iter=300), {"C": [1, 10, 100]}, cv=inner)
+        probe.fit(vectors[train], labels[train], groups=modules[train])
+        predicted[test] = probe.predict(vectors[test])
     starts = [KMeans(len(set(labels)), n_init=1, random_state=start).fit_predict(vectors) for start in range(10)]
-    return {"correct": [float(p == label) for p, label in zip(predicted, labels)],
-            "macro_f1": float(f1_score(labels, predicted, average="macro")), "v_measure": [float(v_measure_score(labels, s)) for s in starts]}
+    return {"correct": (predicted == labels).astype(float).tolist(),
+            "majority": max(Counter(labels.tolist()).values()) / len(labels),
+            "macro_f1": float(f1_score(labels, predicted, average="macro")),
+            "v_measure": [float(v_measure_score(labels, start)) for start in starts]}
 
 
 def measure(model, run, rows: list[dict]) -> tuple[dict, dict]:
@@ -231,7 +291,10 @@ def measure(model, run, rows: list[dict]) -> tuple[dict, dict]:
         others["masked"] = retrieval(masked([row for row in rows if row["pool"]]))
         topic = topics(rows)
         if len(set(topic.values())) > 1:  # few held-out documents have no two topics large enough
-            measured["downstream"] = downstream(torch.stack([vectors["document"][i] for i in topic]).numpy(), list(topic.values()), cfg.seed)
+            module = {row["id"]: row["module"] for row in rows}
+            features = torch.stack([vectors["document"][i] for i in topic]).numpy()
+            topics_of = list(topic.values())
+            measured["downstream"] = downstream(features, topics_of, [module[i] for i in topic], cfg.seed)
     for name, asked in others.items():
         measured[name] = evaluate(asked, embed_task(model, asked, cfg.eval_batch_size))
     run.log(measured="all", seconds=time.time() - clock, **{name: mean(items, "mrr@10") for name, items in measured.items() if name != "downstream"})

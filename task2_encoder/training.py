@@ -1,4 +1,4 @@
-"""What 03_train.py and ablations.py share: the order of pairs, the library's trainer with three methods of its own, the best adapter."""
+"""What 03_train.py and ablations.py share: the order of pairs, the adapter, the memory, the Trainer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.util import cos_sim
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.util import batch_to_device, cos_sim
 from transformers import PrinterCallback
 
-from common import models, results
+from common import memory, models, results
 from common import trainer as trainer_common
 from task2_encoder import task
 
@@ -96,13 +100,16 @@ def cos_sim_fp32(a, b):
         return cos_sim(a.float(), b.float())
 
 
-def prepare(cfg, method: str):
-    """The model that will train: 4-bit base with LoRA ("qlora"), fp32 base with LoRA ("lora"), or all weights of the fp32 base ("full").
+def compute_of(cfg) -> str:
+    """The number format of the arithmetic: the knob `compute` over a 4-bit base, else that of the weights."""
+    return models.compute_name(cfg.compute if cfg.precision == "nf4" else cfg.precision)
 
-    SystemExit if a layer to adapt is not there, with the names of the linear layers that are, or if the encoder has trained parts
-    after its pooling, which the saved adapter would not carry.
-    """
-    model = models.load_encoder(cfg.model, "nf4" if method == "qlora" else "fp32", cfg.double_quant, cfg.max_tokens)
+
+def prepare(cfg, method: str):
+    """The model that will train: the base of the knob `precision` with LoRA ("qlora"), fp32 base with LoRA
+    ("lora"), or all weights of the fp32 base ("full"). SystemExit if the encoder has trained parts after its
+    pooling, which the saved adapter would not carry."""
+    model = task.load_encoder(cfg, cfg.precision if method == "qlora" else "fp32")
     if others := [type(m).__name__ for m in model if type(m).__name__ not in ("Transformer", "Pooling", "Normalize")]:
         raise SystemExit(f"MODEL={cfg.model}: its {', '.join(others)} module is not covered by an adapter on the transformer; take an encoder "
                          "of Transformer, Pooling and Normalize alone")
@@ -113,15 +120,25 @@ def prepare(cfg, method: str):
         for name, parameter in model.named_parameters():
             parameter.requires_grad = "pooler" not in name
         return model
-    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "pooler" not in n}
-    wanted = cfg.target_modules.split(",")
-    if missing := [name for name in wanted if name not in linear]:
-        raise SystemExit(f"target_modules: no linear layer named {', '.join(missing)} in {cfg.model}; it has {', '.join(sorted(linear))}: "
-                         f"SET=target_modules={','.join(sorted(linear))}")
+    pooler = ["pooler.dense"] if getattr(model.transformers_model, "pooler", None) else None
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, bias="none",
+                        lora_dropout=cfg.lora_dropout, target_modules=targets(model, cfg),
+                        exclude_modules=pooler)
     torch.manual_seed(cfg.seed)  # LoRA's A is drawn in the next line
-    add_lora(model, LoraConfig(task_type="FEATURE_EXTRACTION", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
-                               bias="none", target_modules=wanted, exclude_modules=["pooler.dense"]))
+    add_lora(model, config)
     return model
+
+
+def targets(model, cfg) -> list[str]:
+    """Names of the linear layers to adapt: all but the pooler's for "all-linear", else those of the knob.
+    SystemExit with the names of this model's layers if one is missing."""
+    layers = models.linear_layers(model.transformers_model, skip=("pooler",))
+    linear = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    wanted = linear if cfg.target_modules == "all-linear" else cfg.target_modules.split(",")
+    if missing := [name for name in wanted if name not in linear]:
+        raise SystemExit(f"target_modules: no linear layer named {', '.join(missing)} in {cfg.model}; it has "
+                         f"{', '.join(linear)}: name some of these, or SET=target_modules=all-linear")
+    return wanted
 
 
 def add_lora(model, config: LoraConfig) -> None:
@@ -133,38 +150,49 @@ def add_lora(model, config: LoraConfig) -> None:
             parameter.data = parameter.data.float()
 
 
-def load_adapter(folder: Path, name: str, precision: str, double_quant: bool, max_tokens: int):
+def load_adapter(folder: Path, cfg):
     """A fresh base with the adapter saved at `folder`, whose weights stay fp32: a plain load in 4 bits would round them to bf16.
 
     SystemExit if a matrix of the adapter is missing or has no place: such an adapter would be the identity there, silently.
     """
-    model = models.load_encoder(name, precision, double_quant, max_tokens)
+    model = task.load_encoder(cfg)
     add_lora(model, LoraConfig.from_pretrained(folder))
     report = set_peft_model_state_dict(model.transformers_model, load_file(folder / "adapter_model.safetensors"))
     wrong = [key for key in report.missing_keys if "lora_" in key] + list(report.unexpected_keys)
     if wrong:
-        raise SystemExit(f"{results.shown(folder)} does not fit {name} ({wrong[0]} and {len(wrong) - 1} more): train again")
+        raise SystemExit(f"{results.shown(folder)} does not fit {cfg.model} ({wrong[0]} and {len(wrong) - 1} "
+                         "more): train again")
+    return model.eval()
+
+
+def with_peft(folder: Path, cfg):
+    """The fp32 base with the adapter at `folder`, opened with plain PEFT as anybody who has the base can."""
+    model = task.load_encoder(cfg, "fp32")
+    model[0].model = PeftModel.from_pretrained(model[0].model, folder)
     return model.eval()
 
 
 def save(model, cfg, folder: Path, texts: list[str]) -> dict[str, float]:
-    """Write `folder`/adapter (opens as SentenceTransformer where the base is) and `folder`/merged (opens anywhere), then reload both.
+    """Write `folder`/adapter (to open with its base, see `with_peft`) and `folder`/merged (opens anywhere).
 
-    Returns what the reload showed; SystemExit if the adapter does not reload exactly, or reloads as the base: a saved thing nobody
-    reloaded is not saved.
+    Returns what reloading the adapter showed; SystemExit if the adapter does not reload exactly, or reloads
+    as the base: a saved thing nobody reloaded is not saved.
     """
     def vectors(encoder):
         return torch.stack(list(task.embed(encoder, dict(enumerate(texts)), "document", cfg.eval_batch_size).values()))
     for name in ("adapter", "merged"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    config = model.transformers_model.peft_config["default"]
+    config.base_model_name_or_path = None  # with a name, PEFT asks a hub whether the vocabulary has grown
     model.save_pretrained(str(folder / "adapter"), create_model_card=False)
-    again = vectors(load_adapter(folder / "adapter", cfg.model, "nf4", cfg.double_quant, cfg.max_tokens))
-    base = vectors(models.load_encoder(cfg.model, "nf4", cfg.double_quant, cfg.max_tokens))
-    difference, moved = float((again - vectors(model)).abs().max()), float((again - base).abs().max())
+    config.base_model_name_or_path, config.revision = models.public_name(cfg.model)
+    config.save_pretrained(folder / "adapter")
+    reloaded, base = vectors(load_adapter(folder / "adapter", cfg)), vectors(task.load_encoder(cfg))
+    difference, moved = float((reloaded - vectors(model)).abs().max()), float((reloaded - base).abs().max())
     if difference != 0 or moved == 0:
         raise SystemExit(f"{results.shown(folder / 'adapter')} reloads wrongly: embeddings differ by {difference}, from the base's by {moved}")
-    whole = models.load_encoder(cfg.model, "fp32", max_tokens=cfg.max_tokens)
-    whole[0].model = PeftModel.from_pretrained(whole[0].model, folder / "adapter").merge_and_unload()  # never into 4 bits: rounding
+    whole = with_peft(folder / "adapter", cfg)
+    whole[0].model = whole[0].model.merge_and_unload()  # never into 4 bits: rounding
     whole.save_pretrained(str(folder / "merged"), create_model_card=False)
     return {"reload_difference": difference, "reload_minus_base": moved,
             "adapter_file_bytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size}
@@ -182,6 +210,43 @@ def set_trained_state(model, state: dict[str, torch.Tensor]) -> None:
         raise KeyError(f"trained parameters differ: {sorted(own.keys() ^ state.keys())[:4]} ...")
     for name, parameter in own.items():
         parameter.data.copy_(state[name])
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+def plan(model, cfg, longest: dict[str, str], batch: int, log) -> tuple[int, dict[str, int]]:
+    """(rows computed at once, predicted bytes of a training step) for a process with `batch` rows of a step.
+
+    Forward passes of the longest query and document, once and twice, show what a row adds. A whole batch
+    keeps both sides of its rows; fewer at once (CachedMultipleNegativesRankingLoss) keep one side of them.
+    Predicted for 8, 16 and 32 pairs of 128 tokens (embedded-minilm, CPU) were 1.07, 1.32 and 1.83 GiB,
+    measured 1.08, 1.24 and 1.73. Left out is what oneDNN keeps on a CPU for each width of a batch: 0.7 GiB
+    with 4 of 32 rows at once. SystemExit if not even one row fits.
+    """
+    def kept(kind: str, rows: int) -> int:
+        features = model.preprocess([longest[kind]] * rows, prompt=model.prompts[kind])
+        features = batch_to_device(features, model.device)
+        return memory.saved_bytes(model, lambda: model(features), compute_of(cfg))["activations"]
+    once, twice = ([kept(kind, rows) for kind in longest] for rows in (1, 2))
+    row = [b - a for a, b in zip(once, twice)]
+    constant = max(2 * a - b for a, b in zip(once, twice))
+
+    def predicted(rows: int) -> dict[str, int]:
+        return memory.predict(model, activations=constant + rows * (sum(row) if rows == batch else max(row)))
+    free, gib = models.free_memory(cfg.memory_gib), 2**30
+    sizes = [batch >> halvings for halvings in range(batch.bit_length())]
+    fitting = max((rows for rows in sizes if memory.fits(predicted(rows), free)), default=0)
+    fitting = min(gather_object([fitting]))  # processes exchange embeddings: all compute as many at once
+    rows = min(cfg.rows_per_pass, batch) or fitting
+    if not rows:
+        needed = predicted(1)["total"] - predicted(1)["resident"]
+        raise SystemExit(f"one row at once needs {needed / gib:.2f} GiB more than is in use, "
+                         f"{free / gib:.2f} are free: take a smaller MODEL= or fewer max_tokens; "
+                         "SET=rows_per_pass=1 tries all the same")
+    chosen, whole = predicted(rows), predicted(batch)
+    log(rows_per_pass=rows, batch=batch, predicted_GiB=chosen["total"] / gib,
+        whole_batch_GiB=whole["total"] / gib, resident_GiB=chosen["resident"] / gib, free_GiB=free / gib)
+    return rows, chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -248,9 +313,9 @@ def shuffled(rows: list[dict], seed: int) -> list[dict]:
 def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: str, log, method: str = "qlora"):
     """Train on `rows`, keep the weights of the look with the best dev MRR@10 after step 0. Returns (model with them, facts, history).
 
-    `cfg` has the knobs of 03_train.py, `method` is as in `prepare`. The same call goes on from the last checkpoint unless knobs, method
-    or data (`data_hash`) changed; the caller removes `checkpoints` when what it wants is saved. SystemExit if there are fewer groups
-    than rows in a batch.
+    `cfg` has the knobs of 03_train.py, `method` is as in `prepare`. The same call goes on from the last
+    checkpoint unless knobs, method or data (`data_hash`) changed; the caller calls `remove` on `checkpoints`
+    when what it wants is saved. SystemExit if there are fewer groups than rows in a batch.
     """
     per_process, groups = trainer_common.share(cfg.batch_size), len({row["group"] for row in rows})
     if groups < cfg.batch_size:
@@ -258,28 +323,39 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
                          f"SET=batch_size={max(2, groups // 2)}")
     if models.device().type == "cuda":
         torch.cuda.set_device(models.device())  # bitsandbytes quantises on the current one
-    model = prepare(cfg, method)
-    ids = [model.tokenizer([r[side] for r in rows], truncation=True, max_length=cfg.max_tokens).input_ids for side in ("anchor", "positive")]
+    model, sides = prepare(cfg, method), {"anchor": "query", "positive": "document"}
+    limits = dict(truncation=True, max_length=model.max_seq_length)
+    ids = [model.tokenizer([model.prompts[kind] + r[side] for r in rows], **limits).input_ids
+           for side, kind in sides.items()]
     for row, *both in zip(rows, *ids):
         row["lengths"] = tuple(map(len, both))
     batches = schedule(rows, cfg.max_steps, cfg.batch_size, cfg.bucket, cfg.same_package, cfg.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log(method=method, trainable=trainable, rows=len(rows), steps=len(batches))
+    longest = {kind: max(rows, key=lambda r, i=i: r["lengths"][i])[side]
+               for i, (side, kind) in enumerate(sides.items())}
 
     resume, history = trainer_common.open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
+    at_once, predicted = plan(model, cfg, longest, per_process, log)
     args = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints), per_device_train_batch_size=per_process, max_steps=cfg.max_steps,
         learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm,
-        weight_decay=cfg.weight_decay, optim=cfg.optimizer, bf16=True, use_cpu=models.device().type == "cpu", seed=cfg.seed,
+        weight_decay=cfg.weight_decay, optim=cfg.optimizer, **models.trainer_dtype(compute_of(cfg)),
+        use_cpu=models.device().type == "cpu", seed=cfg.seed,
         eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
-        prompts={side: model.prompts[n] for side, n in (("anchor", "query"), ("positive", "document")) if model.prompts.get(n)} or None,
+        prompts={side: model.prompts[kind] for side, kind in sides.items()},
         ddp_find_unused_parameters=False,  # all that is trained has a gradient at every step
         logging_steps=cfg.log_every, logging_nan_inf_filter=False, dataloader_num_workers=cfg.workers,
         disable_tqdm=not sys.stderr.isatty(), report_to="none")
     args._n_gpu = min(args.n_gpu, 1)  # else one process on a host of several GPUs is spread over them by DataParallel
+    options = dict(scale=cfg.scale, similarity_fct=cos_sim_fp32, **SYMMETRIC,
+                   gather_across_devices=trainer_common.PROCESSES > 1)
+    if at_once == per_process:
+        loss = MultipleNegativesRankingLoss(model, **options)
+    else:
+        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=at_once, **options)
     trainer = Trainer(
-        model=model, loss=MultipleNegativesRankingLoss(model, scale=cfg.scale, similarity_fct=cos_sim_fp32, **SYMMETRIC,
-                                                       gather_across_devices=trainer_common.PROCESSES > 1),
+        model=model, loss=loss,
         train_dataset=Dataset.from_dict({side: [r[side] for r in rows] for side in ("anchor", "positive")}), args=args,
         batches=batches, dev=dev, cfg=cfg, best=checkpoints / "best.safetensors",
         callbacks=[trainer_common.Log(log, ("loss", "eval_mrr@10", "learning_rate", "grad_norm"), history)])
@@ -301,7 +377,9 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
     facts = {"trainable_parameters": trainable, "trained_pairs": sum(map(len, batches)), "epochs": sum(map(len, batches)) / len(rows),
              "trained_tokens": tokens, "padding_share": 1 - tokens / padded, "steps": len(batches), "processes": trainer_common.PROCESSES,
              "kept_step": kept["step"], "pairs_seen_by_then": kept["step"] * cfg.batch_size, "dev_mrr_before": scores[0],
-             "dev_mrr_kept": kept["eval_mrr@10"], "dev_mrr_last": scores[-1],
+             "dev_mrr_kept": kept["eval_mrr@10"], "dev_mrr_last": scores[-1], "rows_per_pass": at_once,
+             **{f"predicted_{name}_bytes": value for name, value in predicted.items()},
              "peak_bytes_before_training": resident, "measured_peak_bytes": results.peak_memory(),
-             "training_seconds": seconds, "tokens_per_second": None if resume else tokens / seconds}
+             "training_seconds": None if resume else seconds,  # the seconds before a resumption are not known
+             "tokens_per_second": None if resume else tokens / seconds}
     return model.eval(), facts, looks

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from task2_encoder import pairs
+from tests import forked
 from tests.conftest import environment, one_line, result_rows, step
 
 TASK = "task2_encoder"
@@ -93,6 +94,27 @@ def test_killed_and_resumed_training_equals_uninterrupted(repo, own, whole):
     assert [c[:2] for c in whole_curve] == [c[:2] for c in resumed] and len(resumed) == 17
     assert done.stdout.count("step=0/12") == 0 and "step=12/12" in done.stdout  # it did go on, not start again
     assert [c[2] for c in whole_curve] == pytest.approx([c[2] for c in resumed], abs=1e-4)
+
+
+def test_killed_between_training_and_result_goes_on(repo, own, whole):
+    """The process dies when all but the result is made and saved; the same command does the rest."""
+    (repo / "killed.py").write_text("""
+import os, runpy, signal
+from common import results
+results.Run.save = lambda *arguments, **more: os.kill(os.getpid(), signal.SIGKILL)
+runpy.run_path("task2_encoder/03_train.py", run_name="__main__")
+""")
+    assert run(repo, "01_data", "--run", "late2", *own).returncode == 0
+    arguments, folder = ["--profile", "smoke", "--run", "late2", *own], repo / "runs" / "late2" / TASK
+    assert forked.run(repo, "killed.py", arguments, timeout=300).returncode == -signal.SIGKILL
+    assert (folder / "merged").exists() and (folder / "checkpoints" / "checkpoint-12").exists()
+    assert (done := run(repo, "03_train", "--run", "late2", *own)).returncode == 0, done.stderr[-2000:]
+    assert "step=" not in done.stdout.replace("kept_step=", "") and not (folder / "checkpoints").exists()
+    one, two = ({(r["metric"], r.get("step")): r["value"] for r in rows_of(repo, name, "03_train")}
+                for name in ("whole2", "late2"))
+    different = {key[0] for key in one if one[key] != two[key] and "bytes" not in key[0]}
+    assert one.keys() == two.keys() and different == {"training_seconds", "tokens_per_second"}
+    assert all(two[metric, None] is None for metric in different)  # of the first process nobody knows them
 
 
 def torchrun(repo, name, *arguments):

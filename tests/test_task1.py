@@ -1,7 +1,9 @@
 """Prompt, label mask, padding and scores of task 1."""
 
 import importlib
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +127,66 @@ def test_shared_prefix_leaves_every_prompt_a_token():
     assert scoring.shared_prefix([[1, 2, 3, 4], [1, 2, 5]]) == 2
     assert scoring.shared_prefix([[1, 2], [1, 2, 3]]) == 1
     assert scoring.shared_prefix([[7]]) == 0
+
+
+class OwnRun:
+    """As much of a results.Run as the functions below need, over a folder of jsonl files."""
+
+    def __init__(self, folder, **knobs):
+        self.folder = folder
+        self.cfg = importlib.import_module("task1_decoder.01_data").Config(**knobs)
+
+    def artifact(self, step, name):
+        return self.folder / name
+
+    def track(self, path):
+        return path
+
+
+def test_own_data_brings_its_own_examples_and_basket(tmp_path, tiny_model, tokenizer, monkeypatch):
+    """Three Python functions before a question about colours would show nothing; the basket asks what was taught with the run's instruction."""
+    rows = [{"prompt": f"Which colour has number {i}?", "completion": f"Colour {i}."} for i in range(5)]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = OwnRun(tmp_path, data="own.jsonl", instruction="Name the colour.")
+    assert task.shots_of(run) == [(row["prompt"], row["completion"]) for row in rows[:3]]
+    assert task.shots_of(OwnRun(tmp_path)) == task.SHOTS
+    asked = []
+
+    def spy(model, tokenizer, prompts, *rest):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return [{"text": "a", "stopped": True, "new_tokens": 1}] * len(prompts)
+    monkeypatch.setattr(task, "read_and_score", spy)
+    answered = task.ask_basket(tiny_model, tokenizer, run, set())
+    assert [row["prompt"] for row in answered[:5]] == [row["prompt"] for row in rows]
+    assert ["Name the colour." in text for text in asked] == [True] * 5 + [False] * 10
+
+
+def test_questions_of_held_out_own_rows_are_not_trained_on(tmp_path):
+    """Rows that ask the same and answer differently are no near-duplicates; those of a held-out question leave the training rows."""
+    nouns = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
+    rows = [{"prompt": f"Tell of the {nouns[i % 10]} and the {nouns[i // 10]}.", "completion": " ".join(nouns[(i * k + j) % 10] for k in range(9))}
+            for j in range(2) for i in range(100)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = importlib.import_module("task1_decoder.01_data")
+    kept, counts = data.own_rows(OwnRun(tmp_path, data=str(file), n_test=20, n_dev=10))
+    asked = {row["prompt"] for row in kept if row["split"] != "train"}
+    assert counts["prompt_held_out"] > 0 and not any(row["prompt"] in asked for row in kept if row["split"] == "train")
+
+
+def test_a_question_has_four_different_choices():
+    data = importlib.import_module("task1_decoder.01_data")
+    rows = [{"id": str(i), "package": "own", "prompt": f"q{i}", "completion": "yes" if i % 2 else "no"} for i in range(20)]
+    assert data.choice_rows(rows, rows, SimpleNamespace(text=str), 20, 0) == []
+    rows = [row | {"completion": f"answer {i % 5}"} for i, row in enumerate(rows)]
+    made = data.choice_rows(rows, rows, SimpleNamespace(text=str), 20, 0)
+    assert len(made) == 20 and all(len(set(row["choices"])) == 4 and row["choices"][row["answer"]] for row in made)
+
+
+def test_one_benchmark_item_is_refused_before_anything_is_measured(tiny_model, tokenizer):
+    with pytest.raises(SystemExit, match="n_benchmark=1"):
+        task.measure(tiny_model, tokenizer, SimpleNamespace(cfg=task.Config(n_benchmark=1)))
 
 
 def test_unpaired_items_are_refused():

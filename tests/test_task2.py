@@ -65,6 +65,19 @@ def test_bm25_finds_the_document_with_the_rare_word_and_splits_identifiers():
     assert task.words("parse_HTTPHeader2") == ["parse", "http", "header", "2"]
 
 
+def test_bm25_compares_stems_and_no_stop_words():
+    """Plain words would answer with b, which shares "in" and "the"; only a shares stems with the query."""
+    found = task.terms("Counting the openedSockets in a list, if not sorted")
+    assert found == ["count", "open", "socket", "list", "sort"]
+    documents = {"a": "def count_open(sockets): return len(sockets)",
+                 "b": "for the in a: if the not in b: pass", "c": "def f(): pass"}
+    asked = task.Retrieval({"q": "Counts the opened socket in a"}, documents, {"q": {"a"}})
+    item = task.evaluate(asked, hits=task.bm25(asked))[0]
+    assert item["rank"] == 1
+    nothing = task.Retrieval({"q": "is it not"}, documents, {"q": {"a"}})  # stop words alone: no error
+    assert len(task.evaluate(nothing, hits=task.bm25(nothing))[0]["ranked"]) == 3
+
+
 def test_own_name_is_masked_everywhere_in_its_function():
     row = {"name": "m.Tree.depth", "positive": "def depth(n):\n    return 1 + depth(n.left) if n else in_depth"}
     assert task.masked([row])[0]["positive"] == "def f(n):\n    return 1 + f(n.left) if n else in_depth"
@@ -139,10 +152,30 @@ def test_a_docstring_left_in_the_code_makes_bm25_find_everything():
     assert left > 0.95 > taken
 
 
-def test_topics_are_subpackages_with_enough_documents():
-    names = ["p.big.f"] * 30 + ["p.small.f"] * 29 + ["p.top"] * 2
-    rows = pairs.group([{"id": f"r{i}", "anchor": f"anchor {i}", "positive": f"def f(x): return {i}", "name": name} for i, name in enumerate(names)])
+def test_topics_are_subpackages_with_enough_documents_in_enough_modules():
+    names = ["p.big.f"] * 30 + ["p.small.f"] * 29 + ["p.narrow.f"] * 30 + ["p.top"] * 2
+    rows = [{"id": f"r{i}", "anchor": f"anchor {i}", "positive": f"def f(x): return {i}", "name": name,
+             "module": f"p.m{i % (4 if 'narrow' in name else 5)}"} for i, name in enumerate(names)]
+    rows = pairs.group(rows)
     assert task.topics(rows) == {f"r{i}": "p.big" for i in range(30)}
+
+
+def test_the_topic_probe_sees_no_module_on_both_sides_of_a_fold():
+    """Vectors that say the module and nothing more: who has seen a module knows its topic, others do not."""
+    modules = [f"m{i // 12:02}" for i in range(12 * 12)]
+    labels = ["ab"[int(module[1:]) % 2] for module in modules]
+    vectors = np.eye(12)[[int(module[1:]) for module in modules]]
+    got = task.downstream(vectors, labels, modules, seed=0)
+    assert np.mean(got["correct"]) <= 0.5 == got["majority"]
+
+
+def test_every_topic_is_known_in_every_fold():
+    rng = np.random.default_rng(0)
+    labels = [f"t{i % 3}" for i in range(150)]
+    modules = [f"{label}.m{i // 3 % 5}" for i, label in enumerate(labels)]
+    centres = rng.normal(size=(3, 8))
+    vectors = np.stack([centres[int(label[1])] for label in labels]) + 0.1 * rng.normal(size=(150, 8))
+    assert np.mean(task.downstream(vectors, labels, modules, seed=0)["correct"]) == 1
 
 
 def test_texts_of_other_scripts_are_compared_too():
@@ -185,7 +218,7 @@ def test_every_process_sees_its_piece_of_every_batch(monkeypatch):
     monkeypatch.setattr(trainer, "PROCESSES", 2)
     seen = [list(BatchSamplerShard(training.Scheduled(training.dealt(batches)), 2, process, even_batches=False)) for process in (0, 1)]
     assert seen == [[[1, 2], [8, 7], [0, 9]], [[3, 4], [6, 5], [10, 11]]]
-    with pytest.raises(SystemExit, match="3 cannot be dealt to 2"):
+    with pytest.raises(SystemExit, match="batch_size=3 cannot be split among 2"):
         training.dealt([[1, 2, 3]])
     with pytest.raises(SystemExit, match="one process, not 2"):
         ablations.main(None)
@@ -211,8 +244,9 @@ def test_shuffled_pairs_keep_the_texts_of_each_package_and_break_the_pairs():
 
 # ---------------------------------------------------------------------------------------------------------------- 4 bits and LoRA
 
-CONFIG = dict(double_quant=True, max_tokens=64, base_dropout=0.0, lora_r=4, lora_alpha=8, lora_dropout=0.0,
-              target_modules="query,key,value,dense", seed=0, eval_batch_size=8)
+CONFIG = dict(precision="nf4", double_quant=True, compute="auto", query_prompt="own", document_prompt="own",
+              max_tokens=64, base_dropout=0.0, lora_r=4, lora_alpha=8, lora_dropout=0.0,
+              target_modules="all-linear", seed=0, eval_batch_size=8)
 TEXTS = {i: f"def function_{i}(x):\n    return x + {i}" for i in range(12)}
 
 
@@ -264,7 +298,8 @@ def test_adapter_reloads_exactly_merges_closely_and_opens_with_the_plain_library
                 p.normal_(std=0.05)
     shown = training.save(model.eval(), cfg, tmp_path, list(TEXTS.values()))
     assert shown["reload_difference"] == 0 and shown["reload_minus_base"] > 0.01
-    plain, merged = (vectors(SentenceTransformer(str(tmp_path / name), device="cpu")) for name in ("adapter", "merged"))
+    plain = vectors(training.with_peft(tmp_path / "adapter", cfg))
+    merged = vectors(SentenceTransformer(str(tmp_path / "merged"), device="cpu"))
     base = vectors(models.load_encoder(cfg.model, "fp32", max_tokens=64))
     assert (plain - merged).abs().max() < 1e-5 < 0.01 < (plain - base).abs().max()
 
@@ -273,6 +308,15 @@ def test_an_adapter_that_does_not_reload_is_refused(cfg, tmp_path):
     model = training.prepare(cfg, "qlora")  # B is zero: the adapter is the identity
     with pytest.raises(SystemExit, match="reloads wrongly"):
         training.save(model.eval(), cfg, tmp_path, list(TEXTS.values()))
+
+
+def test_all_linear_layers_of_bert_are_those_it_had_by_name(cfg):
+    default = training.prepare(cfg, "qlora")
+    cfg.target_modules = "query,key,value,dense"
+    named = training.prepare(cfg, "qlora")
+    assert training.trained_state(default).keys() == training.trained_state(named).keys()
+    saved = default.transformers_model.peft_config["default"]
+    assert saved.target_modules == {"query", "key", "value", "dense"}
 
 
 def test_an_encoder_without_the_named_layers_is_told_which_it_has(cfg):
