@@ -367,4 +367,5 @@ def test_checkpoints_that_were_being_removed_are_not_resumed(tmp_path, monkeypat
     monkeypatch.setattr(training.trainer_common, "shutil", SimpleNamespace(rmtree=killed))
     with pytest.raises(Stop):
         training.trainer_common.remove(tmp_path)
+    monkeypatch.undo()
     assert training.trainer_common.open_checkpoints(tmp_path, ["same"])[0] is None
