@@ -57,11 +57,11 @@ lint: setup                    ## ruff (1 s)
 	@$(PY) -m ruff check .
 
 test: setup lint               ## lint, tests, then the smoke pipeline (11 min on 2 cores after set-up)
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 	@$(MAKE) --no-print-directory smoke PY=$(PY)
 
 test-all: setup lint           ## the tests, and every architecture through every step of its task (20 min on 2 cores)
-	@$(PY) -m pytest -m "all or not all"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "all or not all"
 
 # tasks 2 and 3 side by side: half of such small steps is the import of libraries, which has one thread; task 3, the longer, takes both for the rest
 smoke: setup                   ## every step on a few rows: proves the path, never a number (5 min)

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import bitsandbytes as bnb
 import pytest
@@ -111,6 +113,23 @@ def test_a_widened_model_computes_the_same_function(tiny_model_folder, tmp_path)
     assert layers[1] == [4 * size for size in layers[0]]
     one, other = (AutoTokenizer.from_pretrained(folder)("a b").input_ids for folder in (tiny_model_folder, tmp_path / "wide"))
     assert one == other
+
+
+def test_two_first_runs_unpack_a_model_once(tmp_path, monkeypatch):
+    """The second waits for the first and takes what it wrote; what a killed one left half-written is written anew."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "runs" / "assets" / "some.partial").mkdir(parents=True)
+    (tmp_path / "runs" / "assets" / "some.partial" / "half").touch()
+    written = []
+
+    def write(folder):
+        written.append(folder)
+        folder.mkdir()
+        time.sleep(0.2)
+        (folder / "whole").touch()
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(lambda _: models.written_once("some", write), range(3)))
+    assert len(written) == 1 and [path.name for path in folders[0].iterdir()] == ["whole"] and len(set(folders)) == 1
 
 
 def test_only_llamas_are_widened(tmp_path):

@@ -116,10 +116,11 @@ def test_what_an_embedded_model_leaves_names_no_folder_of_this_machine(repo):
 
 def test_a_model_of_a_hub_runs_from_an_empty_cache_and_offline(repo, tiny_model_folder, tmp_path):
     """01 loads a tokenizer only, which used to leave a partial snapshot that 02 took for whole. Adapter and results name hub id and commit."""
-    data = write_rows(tmp_path / "own.jsonl")
-    with Hub(models={"someone/tiny": tiny_model_folder}) as url:
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "train.jsonl")
+    with Hub(models={"someone/tiny": tiny_model_folder}, datasets={"someone/rows": tmp_path / "rows"}) as url:
         environ = environment(repo) | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache")}
-        arguments = ["--profile", "smoke", "--run", "hub", "--model", "someone/tiny", "--data", str(data), "--set", "instruction=",
+        arguments = ["--profile", "smoke", "--run", "hub", "--model", "someone/tiny", "--data", "someone/rows", "--set", "instruction=",
                      "max_steps=2", "eval_every=2"]
 
         def run(name, **more):
@@ -131,6 +132,7 @@ def test_a_model_of_a_hub_runs_from_an_empty_cache_and_offline(repo, tiny_model_
         assert (done := run(name, HF_HUB_OFFLINE="1")).returncode == 0, done.stderr[-2000:]
     stored = [json.loads((repo / "results" / "hub" / "task1_decoder" / f"{name}.json").read_text()) for name in ("01_data", "04_eval")]
     commit = stored[0]["inputs"]["hub:model:someone/tiny"]
+    assert len(stored[0]["inputs"]["hub:dataset:someone/rows"]) == 40
     assert len(commit) == 40 and stored[1]["inputs"]["hub:model:someone/tiny"] == commit
     config = json.loads((repo / "runs" / "hub" / "task1_decoder" / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny", commit)
