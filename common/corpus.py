@@ -306,4 +306,4 @@ def _hub_rows(source: str) -> list[dict]:
         return datasets.load_dataset(str(folder), split="train").to_list()
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as err:
         said = " ".join(str(err.__cause__ or err).split())  # no such split, several configurations, a damaged file
-        raise SystemExit(f"DATA={source}: commit {commit[:12]} has no usable split 'train': {said}") from None
+        raise SystemExit(f"DATA={source}: commit {commit[:12]} has no usable split 'train': {said}; give the part you want as a JSONL file") from None

@@ -134,7 +134,8 @@ def select(listing: list[str], source: str, kind: str) -> tuple[list[str], list[
 
 def loadable(folder: Path) -> bool:
     """Whether a snapshot has a configuration and weights, with every part that their index names."""
-    indices = [json.loads(path.read_text()) for path in folder.glob("*.index.json")]
+    found = list(folder.glob("*.safetensors.index.json")) or list(folder.glob("*.index.json"))
+    indices = [json.loads(path.read_text()) for path in found]
     parts = {part for index in indices for part in index["weight_map"].values()}
     parts = parts or {file.name for file in folder.glob("model.safetensors")} or {"pytorch_model.bin"}
     return all((folder / file).is_file() for file in ("config.json", *parts))

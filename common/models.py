@@ -22,7 +22,7 @@ import bitsandbytes as bnb
 import psutil
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, GgufConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from common import hub, results
@@ -79,6 +79,8 @@ def compute_name(asked: str = "auto") -> str:
     if (asked, kind) == ("fp16", "cpu"):
         raise SystemExit("compute='fp16': PyTorch trains in fp16 on GPUs only; a CPU takes bf16 or fp32")
     name = native_dtype(kind) if asked == "auto" else asked
+    if asked == "auto" and (before := results.UPSTREAM.get("compute", name)) != name:
+        raise SystemExit(f"earlier steps of this run computed in {before}, this machine would in {name}: SET=compute={before}, or another RUN=")
     results.FACTS["compute"] = name  # results.environment stores it
     results.FACTS["threads"] = torch.get_num_threads()
     print(f"  compute={name} on {kind} ({'what the hardware has' if asked == 'auto' else 'as asked'})", flush=True)
@@ -257,14 +259,15 @@ def load_decoder(name: str, precision: str, compute: str = "auto", double_quant:
     return keep_gradients(model).eval()
 
 
-def attention(config) -> str:
-    """The attention kernel: PyTorch's fused one on an accelerator, the plain one on CPUs and for models that cap attention scores.
+def attention(config) -> str | None:
+    """The attention kernel: the plain one on CPUs and for models that cap attention scores, the library's choice (None) elsewhere,
+    which is PyTorch's fused one where the model has it.
 
     For rows of about 130 tokens the CPU's fused bf16 forward took 32 ms a layer where the plain one takes 7 (a training step of
     16 rows 5.1 s -> 4.5 s). The fused kernel knows no cap (Gemma 2), and would leave it out silently.
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    return "eager" if device().type == "cpu" or capped else "sdpa"
+    return "eager" if device().type == "cpu" or capped else None
 
 
 def load_encoder(name: str, precision: str, compute: str = "auto", double_quant: bool | None = None, max_tokens: int | None = None,
@@ -293,10 +296,25 @@ def load_encoder(name: str, precision: str, compute: str = "auto", double_quant:
     return keep_gradients(model).eval()
 
 
+@contextlib.contextmanager
+def greedy(model, pad_token_id: int, stops: list[int]):
+    """`model.generate` picks the most probable token for the time of a with block, up to one of `stops`: without the penalties and
+    sampling that many models ask for in their own generation_config."""
+    causal = causal_of(model)
+    own, causal.generation_config = causal.generation_config, GenerationConfig(pad_token_id=pad_token_id, eos_token_id=stops)
+    try:
+        yield
+    finally:
+        causal.generation_config = own
+
+
 def check_precision(precision: str, double_quant: bool | None) -> None:
-    """SystemExit for an unknown word; TypeError if 4 bits are asked for without saying whether the block scales are quantised too."""
+    """SystemExit for an unknown word, and for fp16 on a CPU; TypeError if 4 bits are asked for without saying whether the block
+    scales are quantised too."""
     if precision not in PRECISIONS:
         raise SystemExit(f"precision={precision!r}: one of {', '.join(PRECISIONS)}")
+    if precision == "fp16":
+        compute_name(precision)
     if precision == "nf4" and double_quant is None:
         raise TypeError("double_quant has to be given for nf4, so that no two steps differ in it")
 
@@ -334,6 +352,11 @@ def causal_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+class Decoded(BaseModelOutputWithPastAndCrossAttentions):
+    """What a decoder returns; models of experts also ask for `router_logits`, of which there are none here."""
+    router_logits = None
+
+
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     """Logits (n, vocabulary), float32, of last hidden states (n, hidden): all that the model does after its decoder.
 
@@ -342,7 +365,7 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     """
     causal = causal_of(model)
     decoder = causal.get_decoder()
-    with replaced_forward(decoder, lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])):
+    with replaced_forward(decoder, lambda *args, **kwargs: Decoded(last_hidden_state=hidden[None])):
         return causal(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device), use_cache=False).logits[0].float()
 
 

@@ -41,6 +41,7 @@ from common import hub
 ROOT = Path(__file__).resolve().parent.parent
 # storing, rendering and downloading never change a number
 PLUMBING = {"common/results.py", "common/report.py", "common/hub.py", "common/__init__.py"}
+UPSTREAM: dict = {}  # the same of the earlier steps that this process has loaded
 FACTS: dict = {}  # what this process chose by itself (dtype, threads): part of every result's `env`
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only the first process prints and writes results
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "sentence-transformers",
@@ -198,15 +199,24 @@ def known_knobs(folder: Path) -> dict[str, dict[str, dict]]:
     return {stem: own.get("task", {}) | found for stem, found in own.items() if stem != "task"}
 
 
+# what a knob may be, said before anything is imported
+CHOICES = {"compute": ("auto", "bf16", "fp16", "fp32"), "precision": ("nf4", "bf16", "fp16", "fp32"), "gradient_checkpointing": ("auto", "on", "off")}
+AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_every", "max_steps", "log_every", "max_prompt_tokens",
+              "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
+
+
 def value_of(name: str, text: str, default):
     """The value that `text` gives to a knob, in the type of its default. SystemExit if it is none, negative or not a number."""
-    kind = type(default)
+    kind, least = type(default), name in AT_LEAST_1
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        if kind in (int, float) and not (math.isfinite(value) and value >= 0):
+        if kind in (int, float) and not (math.isfinite(value) and value >= least):
+            raise ValueError
+        if value not in CHOICES.get(name, [value]):
             raise ValueError
     except (ValueError, KeyError):
-        wanted = {bool: "true or false", int: "a whole number, 0 or more", float: "a number, 0 or more"}[kind]
+        wanted = {bool: "true or false", int: f"a whole number, {int(least)} or more", float: "a number, 0 or more",
+                  str: f"one of {', '.join(CHOICES.get(name, []))}"}[kind]
         raise SystemExit(f"knob {name}={text!r}: expected {wanted}") from None
     return value
 
@@ -308,12 +318,13 @@ class Run:
             if result["inputs"].get(name, commit) != commit:
                 source = name.rpartition(":")[2].partition("@")[0]
                 raise SystemExit(f"{shown(path)} was made with {source} at commit {result['inputs'][name]}, this machine now has "
-                                 f"{commit}: name one, as in {source}@{commit[:12]}, or take another RUN= name")
+                                 f"{commit}: name one, as in {source}@{commit}, or take another RUN= name")
         for name, value in dataclasses.asdict(self.cfg).items():
             if result["config"].get(name, value) != json.loads(json.dumps(value)):
                 raise SystemExit(f"{shown(path)} was made with {name}={result['config'][name]!r}, this step has {value!r}: "
                                  f"give every step the same value, or another RUN= name")
         self.inputs[f"step:{step}"] = result_hash(result)
+        UPSTREAM.update({k: v for k, v in result["env"].items() if k == "compute"})
         return result
 
     def artifact(self, step: str, name: str) -> Path:

@@ -65,7 +65,7 @@ ROWS = {
     "seed 1": {"seed": 1},
     "seed 2": {"seed": 2},
     "rank 4": {"lora_r": 4, "lora_alpha": 8},
-    "LoRA on attention only": {"target_modules": r".*\.(q|k|v|o)_proj"},
+    "LoRA on attention only": {"target_modules": r".*(attn|attention)\..*"},
 }
 
 
@@ -133,7 +133,7 @@ def main(run):
     data, trained = run.load("01_data"), run.load("03_train")
     run.load("04_eval")
     names, data_hash = results.chosen(run.cfg.only, [*ROWS, *[COST] * bool(run.cfg.cost_steps)]), results.result_hash(data)
-    if run.cfg.cost_steps and models.device().type == "cpu":
+    if run.cfg.cost_steps and models.device().type != "cuda":
         raise SystemExit(f"cost_steps={run.cfg.cost_steps}: the cost table needs an accelerator, a process on a CPU never forgets its peak")
     pool, dev, test = (results.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
     table, cost = [], [trained["config"], run.cfg.cost_steps, run.cfg.cost_rows, data_hash]

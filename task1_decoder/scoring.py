@@ -83,6 +83,7 @@ class Reader:
         """Greedy continuation of each prompt of the last read(), up to and with the first of `stops`."""
         columns = self.ids.shape[1]
         self.cache.crop(columns - 1 - self.cache.get_seq_length())  # drops the continuations; the last prompt token is read again
-        ids = self.model.generate(input_ids=self.ids, attention_mask=self.mask, past_key_values=self.cache, do_sample=False,
-                                  max_new_tokens=max_new_tokens, pad_token_id=self.pad, eos_token_id=stops)
+        with models.greedy(self.model, self.pad, stops):
+            ids = self.model.generate(input_ids=self.ids, attention_mask=self.mask, past_key_values=self.cache, do_sample=False,
+                                      max_new_tokens=max_new_tokens)
         return ids[:, columns:].tolist()

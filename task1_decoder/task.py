@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Config:
     # Passages of general English (128 tokens each) for the forgetting row.
     n_general: int = 48
     # GiB of memory to plan the training for, 0 = what is free. 03 takes fewer rows a pass, then checkpointing, to stay below.
-    memory_gib: float = 0
+    memory_gib: float = 0.0
 
 
 # Sizes that differ by profile; a script's own PROFILES come on top.
@@ -101,6 +102,7 @@ class Prompt:
     def __init__(self, tokenizer, cfg: Config, shots=(), style: str = "chat"):
         self.tokenizer, self.limit, self.end = tokenizer, cfg.max_prompt_tokens, tokenizer.eos_token_id
         self.chat = style == "chat" and bool(tokenizer.chat_template)
+        shots = [(self.cut(question, cfg.max_prompt_tokens), self.cut(answer, cfg.max_completion_tokens)) for question, answer in shots]
         if self.chat:
             self.before, self.after, self.end = chat_parts(tokenizer, cfg.instruction, shots)
         else:
@@ -113,6 +115,10 @@ class Prompt:
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def cut(self, text: str, tokens: int) -> str:
+        ids = self.ids(text)
+        return text if len(ids) <= tokens else self.tokenizer.decode(ids[:tokens])
 
     def __call__(self, text: str) -> list[int]:
         return self.head + self.ids(text)[:self.limit] + self.tail
@@ -191,10 +197,12 @@ def read_and_score(model, tokenizer, prompts: list[list[int]], answers: list[lis
     own = model.generation_config.eos_token_id
     stops = list(dict.fromkeys([end, tokenizer.eos_token_id, *([] if own is None else own if isinstance(own, list) else [own])]))
     stops = [i for i in stops if i is not None]
-    # padding stands between the shared tokens and the rest of a prompt: a sliding window that short would count it
+    # padding stands between the shared tokens and the rest of a prompt: a sliding window that short would count it, and so would a
+    # model that cannot be told positions
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     longest = max(map(len, prompts)) + max(max_new_tokens, *map(len, answers))
-    shared = 0 if window and window < longest else scoring.shared_prefix(prompts)
+    counts = "position_ids" not in inspect.signature(models.causal_of(model).get_decoder().forward).parameters  # columns, as MPT does
+    shared = 0 if counts or (window and window < longest) else scoring.shared_prefix(prompts)
     reader = scoring.Reader(model, tokenizer.pad_token_id, prompts[0][:shared])
     scored: list[dict] = [{}] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))  # similar lengths together: little padding
@@ -281,10 +289,11 @@ def ask_basket(model, tokenizer, run, trained: set[str]) -> list[dict]:
     """The basket's prompts with the model's answers {"text", "stopped", "new_tokens", "repetition", "copied"}, chrF and ROUGE-L where
     there is a reference. What the fine-tuning teaches is asked with the run's instruction, the rest without one."""
     from task1_decoder import basket
-    cfg, end = run.cfg, Prompt(tokenizer, run.cfg).end
-    asked = basket.prompts(results.read_rows(run.artifact("01_data", "dev.jsonl")) if cfg.data != "corpus" else [])
-    ask = {taught: Prompt(tokenizer, dataclasses.replace(cfg, instruction=cfg.instruction if taught else "", max_prompt_tokens=512))
-           for taught in (True, False)}
+    cfg, own = run.cfg, results.read_rows(run.artifact("01_data", "dev.jsonl")) if run.cfg.data != "corpus" else []
+    asked, style = basket.prompts(own), own[0].get("style", "chat") if own else "chat"
+    ask = {taught: Prompt(tokenizer, dataclasses.replace(cfg, instruction=cfg.instruction if taught else "", max_prompt_tokens=512),
+                          style=style if taught else "chat") for taught in (True, False)}
+    end = ask[True].end
     questions = [ask[row["reference"] is not None](row["prompt"]) for row in asked]
     answers = read_and_score(model, tokenizer, questions, [[end]] * len(asked), len(asked), cfg.max_new_tokens, end)
     answers = [{k: a[k] for k in ("text", "stopped", "new_tokens")} for a in answers]
@@ -316,7 +325,7 @@ def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list
     plain.head = models.first_ids(tokenizer) or [tokenizer.eos_token_id]  # something to predict the first token from
     passages = harness.general_text(cfg.n_general)
     examples = [encode(plain, p, dataclasses.replace(cfg, max_completion_tokens=128)) for p in passages]
-    done("general", [{"id": p["id"], **s, "bytes": len(tokenizer.decode(e["labels"][1:], skip_special_tokens=True).encode())}
+    done("general", [{"id": p["id"], **s, "bytes": len(tokenizer.decode(split_example(e)[1], skip_special_tokens=True).encode())}
                      for p, e, s in zip(passages, examples, nll(model, tokenizer, examples, cfg.eval_batch_size))])
 
     own = Prompt(tokenizer, cfg)

@@ -7,10 +7,12 @@ import re
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -87,11 +89,15 @@ def train(cfg, pool: list[dict], dev: list[dict], checkpoints: Path, identity: l
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share, compute = trainer.share(cfg.batch_size), models.compute_name(cfg.compute) if cfg.precision == "nf4" else cfg.precision
     longest = task.collate(sorted(rows, key=lambda e: -e["length"])[:share], tokenizer.pad_token_id)
-    per_pass, checkpointing, predicted = memory.plan(model, longest, compute, cfg.rows_per_pass, cfg.gradient_checkpointing, cfg.memory_gib)
+    resume, readings = trainer.open_checkpoints(checkpoints, [vars(cfg), identity])
+    plan = partial(memory.plan, model, longest, compute, cap_gib=cfg.memory_gib)
+    per_pass, checkpointing, predicted = plan(cfg.rows_per_pass, cfg.gradient_checkpointing)
+    if trainer.PROCESSES > 1:  # each has its own free memory, and all do the same: the one with the least decides
+        plans = gather_object([(per_pass, checkpointing)])
+        per_pass, checkpointing, predicted = plan(min(p for p, _ in plans), "on" if any(c for _, c in plans) else "off")
     log(trainable=trainable, rows=len(drawn), rows_per_pass=per_pass, passes=share // per_pass, checkpointing=checkpointing,
         predicted_GiB=predicted["total"] / 2**30)
 
-    resume, readings = trainer.open_checkpoints(checkpoints, [vars(cfg), identity])
     clock = Clock()
     args = TrainingArguments(
         output_dir=str(checkpoints), per_device_train_batch_size=per_pass, gradient_accumulation_steps=share // per_pass,
@@ -139,7 +145,11 @@ def targets(model, cfg):
     found = sorted({name.rsplit(".", 1)[-1] for name in models.linear_layers(model)})
     if not found:
         raise SystemExit(f"MODEL={cfg.model}: {type(model).__name__} has no linear layers that LoRA could adapt")
-    if cfg.target_modules == "all-linear" or not re.fullmatch(r"[\w.,]+", cfg.target_modules):
+    if cfg.target_modules == "all-linear":
+        return cfg.target_modules
+    if not re.fullmatch(r"[\w.,]+", cfg.target_modules):  # a regular expression
+        if not any(re.fullmatch(cfg.target_modules, name) for name in models.linear_layers(model)):
+            raise SystemExit(f"target_modules={cfg.target_modules!r} matches no linear layer of {cfg.model}; it has {', '.join(found)}")
         return cfg.target_modules
     wanted = cfg.target_modules.split(",")
     if missing := [name for name in wanted if name not in found]:

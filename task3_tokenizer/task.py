@@ -205,7 +205,8 @@ def go_on(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[lis
     width = max(map(len, ids))
     batch = torch.tensor([[pad] * (width - len(line)) + line for line in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in ids], device=model.device)
-    out = model.generate(input_ids=batch, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos)
+    with models.greedy(model, pad, [eos]):
+        out = model.generate(input_ids=batch, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
     return [line[:line.index(eos)] if eos in line else line for line in out[:, width:].tolist()]
 
 

@@ -28,6 +28,7 @@ DECODERS = {
     "Granite": ("Granite", dict(logits_scaling=4.0, embedding_multiplier=6.0, tie_word_embeddings=True)),
     "Phi": ("Phi", dict(num_key_value_heads=4)),
     "GPT-NeoX": ("GPTNeoX", dict()),
+    "Mixtral": ("Mixtral", dict(num_local_experts=2)),
     "GPT-2": ("GPT2", dict(n_embd=64, n_layer=2, n_head=4, n_inner=96, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)),
 }
 # a template like Gemma's: it refuses a system message and ends a turn with a token of its own that is not EOS

@@ -6,6 +6,7 @@
     hub.requests  # [("GET", "/api/models/owner/name"), ...]
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -97,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET
 
     def describe(self, name: str, commit: str, folder: Path, wish: str | None, inside: str, body: bytes):
-        files = [{"type": "file", "path": path, "size": file.stat().st_size, "oid": sha1(file.read_bytes())}
+        files = [{"type": "file", "path": path, "size": file.stat().st_size, "oid": hash_of(file)}
                  for path, file in files_of(folder).items()]
         if wish == "tree":
             parents = {str(parent) for path in files_of(folder) for parent in Path(path).parents} - {"."}
@@ -160,11 +161,21 @@ def sha1(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
 
+def hash_of(file: Path) -> str:
+    return hashed(file, file.stat().st_mtime_ns)
+
+
+@functools.cache
+def hashed(file: Path, time: int) -> str:
+    """Once per state of a file: a large model would take longer to hash than a client waits."""
+    return sha1(file.read_bytes())
+
+
 def files_of(folder: Path) -> dict[str, Path]:
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def commit_of(folder: Path) -> str:
     """The commit of a folder follows from its content."""
-    hashes = {path: sha1(file.read_bytes()) for path, file in files_of(folder).items()}
+    hashes = {path: hash_of(file) for path, file in files_of(folder).items()}
     return sha1(json.dumps(hashes).encode())

@@ -8,7 +8,7 @@ import pytest
 from common import models, results
 
 TASKS = sorted(path.name for path in results.ROOT.glob("task[0-9]_*"))
-CHANGED = {"precision": "fp32", "compute": "fp32"}  # words of which only some are allowed
+CHANGED = {"precision": "fp32", "compute": "fp32", "gradient_checkpointing": "on"}  # words of which only some are allowed
 
 
 def config(task: str, step: str, settings: dict):
@@ -55,6 +55,21 @@ def test_a_changed_knob_of_training_reaches_the_steps_around_it(task):
             other = config(task, step, settings)
             if hasattr(other, name):
                 assert getattr(other, name) == trained, f"{step} has its own {name}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_default_has_the_type_that_is_written_beside_it(task):
+    """The type of a default is what --set accepts: memory_gib = 0 would refuse 15.5."""
+    for path in sorted((results.ROOT / task).glob("[0-9a]*.py")):
+        for name, field in importlib.import_module(f"{task}.{path.stem}").Config.__dataclass_fields__.items():
+            assert type(field.default).__name__ == getattr(field.type, "__name__", field.type), f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize(("text", "word"), [("compute=fp17", "one of auto, bf16"), ("gradient_checkpointing=yes", "one of auto, on, off"),
+                                            ("lora_r=0", "1 or more"), ("precision=NF4", "one of nf4"), ("learning_rate=nan", "a number")])
+def test_a_word_or_number_that_cannot_be_is_said_before_anything_is_imported(text, word):
+    with pytest.raises(SystemExit, match=word):
+        results.parse_arguments(["--set", text], results.ROOT / "task1_decoder" / "03_train.py")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from task1_decoder import scoring, task, training
 
@@ -121,6 +122,29 @@ def test_generation_from_the_shared_cache_equals_plain_generate(tiny_model, toke
         want = tiny_model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=2)[0, len(ids):].tolist()
         want = want[:want.index(2)] if 2 in want else want
         assert item["text"] == tokenizer.decode(want, skip_special_tokens=True).strip() and item["new_tokens"] == len(want)
+
+
+def test_generation_is_greedy_whatever_the_model_asks_for(tiny_model, tokenizer, monkeypatch):
+    """Penalties and sampling in a model's own generation_config (Qwen's, say) are left out, and it is as before afterwards."""
+    ids = task.Prompt(tokenizer, CFG)(ROW["prompt"])
+    plain = task.read_and_score(tiny_model, tokenizer, [ids], [[5]], 1, 12)[0]["text"]
+    with torch.no_grad():
+        likeliest = tiny_model(torch.tensor([ids])).logits[0, -1].argmax().item()
+    own = GenerationConfig(eos_token_id=2, suppress_tokens=[likeliest], repetition_penalty=3.0, temperature=0.5, do_sample=True)
+    monkeypatch.setattr(tiny_model, "generation_config", own)
+    with torch.no_grad():
+        asked = tiny_model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
+                                    max_new_tokens=12, pad_token_id=0)[0, len(ids):]
+    assert tokenizer.decode(asked, skip_special_tokens=True).strip() != plain
+    assert task.read_and_score(tiny_model, tokenizer, [ids], [[5]], 1, 12)[0]["text"] == plain
+    assert tiny_model.generation_config is own
+
+
+def test_long_examples_are_cut_like_questions(tokenizer):
+    """Own rows serve as examples: a long one must not push the prompt beyond what the model reads."""
+    prompt = task.Prompt(tokenizer, CFG, shots=[("word " * 5000, "answer " * 900)] * 3)
+    assert len(prompt.head) < 3 * (CFG.max_prompt_tokens + CFG.max_completion_tokens) + 100
+    assert task.Prompt(tokenizer, CFG, shots=task.SHOTS).before.count(task.SHOTS[1][0]) == 1
 
 
 def test_shared_prefix_leaves_every_prompt_a_token():
