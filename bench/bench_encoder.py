@@ -44,7 +44,7 @@ def stock(cfg, rows: list[dict], steps: int, folder) -> float:
         args=SentenceTransformerTrainingArguments(
             output_dir=str(folder), per_device_train_batch_size=cfg.batch_size, max_steps=steps, learning_rate=cfg.learning_rate,
             batch_sampler=BatchSamplers.NO_DUPLICATES,
-            **models.trainer_dtype(training.compute_of(cfg)), use_cpu=models.device().type == "cpu", save_strategy="no",
+            **models.trainer_dtype(models.arithmetic(cfg.precision, cfg.compute)), use_cpu=models.device().type == "cpu", save_strategy="no",
             logging_strategy="no", disable_tqdm=True, report_to="none"))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

@@ -87,6 +87,11 @@ def compute_name(asked: str = "auto") -> str:
     return name
 
 
+def arithmetic(precision: str, compute: str) -> str:
+    """The number format in which weights of `precision` are computed: the knob `compute` for 4 bits, else their own."""
+    return compute_name(compute) if precision == "nf4" else precision
+
+
 def trainer_dtype(name: str) -> dict[str, bool]:
     """Arguments of the library's Trainer for arithmetic in `name`; fp16 brings its gradient scaler, fp32 none of both."""
     return {"bf16": name == "bf16", "fp16": name == "fp16"}
@@ -250,7 +255,7 @@ def load_decoder(name: str, precision: str, compute: str = "auto", double_quant:
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, quantization_config=nf4(compute, double_quant) if precision == "nf4" else None,
         device_map={"": where} if where.type != "cpu" else None,
-        dtype=DTYPES[compute_name(compute) if precision == "nf4" else precision],
+        dtype=DTYPES[arithmetic(precision, compute)],
         attn_implementation=attention(config))
     if getattr(model, "_is_stateful", False):
         raise SystemExit(f"MODEL={name}: {type(model).__name__} keeps a recurrent state; prompts are read once here and continued "
@@ -283,7 +288,7 @@ def load_encoder(name: str, precision: str, compute: str = "auto", double_quant:
     where = device()
     model = SentenceTransformer(resolve(name, ENCODERS), device=str(where), trust_remote_code=False, model_kwargs={
         "quantization_config": nf4(compute, double_quant, skip=["pooler"]) if precision == "nf4" else None,
-        "dtype": DTYPES[compute_name(compute) if precision == "nf4" else precision],
+        "dtype": DTYPES[arithmetic(precision, compute)],
         **({"attn_implementation": "eager"} if where.type == "cpu" else {})})
     limit = model.max_seq_length
     if max_tokens and limit and max_tokens > limit:

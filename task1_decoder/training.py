@@ -87,7 +87,7 @@ def train(cfg, pool: list[dict], dev: list[dict], checkpoints: Path, identity: l
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, bias="none",
                                              lora_dropout=cfg.lora_dropout, target_modules=targets(model, cfg)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    share, compute = trainer.share(cfg.batch_size), models.compute_name(cfg.compute) if cfg.precision == "nf4" else cfg.precision
+    share, compute = trainer.share(cfg.batch_size), models.arithmetic(cfg.precision, cfg.compute)
     longest = task.collate(sorted(rows, key=lambda e: -e["length"])[:share], tokenizer.pad_token_id)
     resume, readings = trainer.open_checkpoints(checkpoints, [vars(cfg), identity])
     plan = partial(memory.plan, model, longest, compute, cap_gib=cfg.memory_gib)
@@ -164,7 +164,7 @@ def check_reload(cfg, model, adapter: Path, rows: list[dict]) -> float:
     prompt = task.Prompt(tokenizer, cfg, style=rows[0].get("style", "chat"))
     batch = task.collate([task.encode(prompt, row, cfg) for row in rows], tokenizer.pad_token_id)
     inputs = {k: v.to(model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids")}
-    compute = models.compute_name(cfg.compute) if cfg.precision == "nf4" else cfg.precision
+    compute = models.arithmetic(cfg.precision, cfg.compute)
     fresh = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant), adapter).eval()
     with torch.inference_mode(), models.autocast(compute):
         reloaded, kept = fresh(**inputs).logits, model.eval()(**inputs).logits

@@ -100,11 +100,6 @@ def cos_sim_fp32(a, b):
         return cos_sim(a.float(), b.float())
 
 
-def compute_of(cfg) -> str:
-    """The number format of the arithmetic: the knob `compute` over a 4-bit base, else that of the weights."""
-    return models.compute_name(cfg.compute if cfg.precision == "nf4" else cfg.precision)
-
-
 def prepare(cfg, method: str):
     """The model that will train: the base of the knob `precision` with LoRA ("qlora"), fp32 base with LoRA
     ("lora"), or all weights of the fp32 base ("full"). SystemExit if the encoder has trained parts after its
@@ -226,7 +221,7 @@ def plan(model, cfg, longest: dict[str, str], batch: int, log) -> tuple[int, dic
     def kept(kind: str, rows: int) -> int:
         features = model.preprocess([longest[kind]] * rows, prompt=model.prompts[kind])
         features = batch_to_device(features, model.device)
-        return memory.saved_bytes(model, lambda: model(features), compute_of(cfg))["activations"]
+        return memory.saved_bytes(model, lambda: model(features), models.arithmetic(cfg.precision, cfg.compute))["activations"]
     once, twice = ([kept(kind, rows) for kind in longest] for rows in (1, 2))
     row = [b - a for a, b in zip(once, twice)]
     constant = max(2 * a - b for a, b in zip(once, twice))
@@ -340,7 +335,7 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
     args = SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints), per_device_train_batch_size=per_process, max_steps=cfg.max_steps,
         learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps, max_grad_norm=cfg.max_grad_norm,
-        weight_decay=cfg.weight_decay, optim=cfg.optimizer, **models.trainer_dtype(compute_of(cfg)),
+        weight_decay=cfg.weight_decay, optim=cfg.optimizer, **models.trainer_dtype(models.arithmetic(cfg.precision, cfg.compute)),
         use_cpu=models.device().type == "cpu", seed=cfg.seed,
         eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not resume, save_steps=cfg.eval_every, save_total_limit=2,
         prompts={side: model.prompts[kind] for side, kind in sides.items()},
