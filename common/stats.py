@@ -1,60 +1,113 @@
-"""Paired statistics: the delta between two models on the same items, with an interval and a p-value (on top of scipy)."""
+"""Metrics and paired statistics: from scored items to result rows with intervals and p-values, by scipy."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
 
-RESAMPLES = 9999  # Monte-Carlo error of a 95 % bound is then about 1 % of the interval's width; p has a floor of 2e-4
-SEED = 0  # fixed: the same items give the same interval, so a report can be rendered twice
+RESAMPLES = 9999  # the Monte-Carlo error of a bound is about 1 % of the interval's width; p is at least 2e-4
+SEED = 0  # fixed, so that the same items always give the same interval
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is computed from scored items, how tables call it, and which direction is better."""
+
+    name: str  # in result rows
+    label: str  # in tables, with the unit
+    top: str | Callable[[dict], float]  # key of an item or a function of it: what is summed over the items
+    bottom: str | None = None  # key of the weight whose sum divides it; None: the number of items does
+    scale: float = 1.0  # factor of the numerator, for the unit
+    better: str | None = None  # "higher" or "lower"; None: a difference is no judgement
+    binary: bool = False  # items are 0 or 1, so that McNemar's test judges differences
+
+    def columns(self, items: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        """Numerators and weights of the items, each of shape (n,)."""
+        value = self.top if callable(self.top) else lambda item: item[self.top]
+        totals = self.scale * np.array([value(item) for item in items], float)
+        return totals, np.array([item[self.bottom] if self.bottom else 1 for item in items], float)
+
+
+def rows_of(table: str, name: str, items: list[dict], metrics, **more) -> list[dict]:
+    """A result row per metric: {table, name, metric, label, value, lo, hi, n}, with a 95 % bootstrap interval.
+
+    `more` goes into every row. Without items there are no rows.
+    """
+    return [{"table": table, "name": name, "metric": metric.name, "label": metric.label,
+             **ratio_interval(*metric.columns(items)), **more} for metric in metrics if items]
+
+
+def delta_rows(table: str, name: str, before: list[dict], after: list[dict], metrics, **more) -> list[dict]:
+    """A result row per metric of `after - before`, item by item: as `rows_of`, with p, better and verdict.
+
+    ValueError unless both sides hold the same items in the same order, by their "id".
+    """
+    if [item.get("id") for item in before] != [item.get("id") for item in after]:
+        raise ValueError(f"{table}: before and after were not measured on the same items")
+    rows = []
+    for metric in metrics if after else ():
+        (old, weights), (new, _) = metric.columns(before), metric.columns(after)
+        delta = mcnemar(old, new) if metric.binary else paired_delta(old, new, weights)
+        judged = verdict(delta, metric.better == "higher") if metric.better else None
+        rows.append({"table": table, "name": name, "metric": metric.name, "label": metric.label, **delta,
+                     "better": metric.better, "verdict": judged, **more})
+    return rows
 
 
 def ratio_interval(totals, weights) -> dict:
-    """sum(totals) / sum(weights) with a 95 % bootstrap interval over items, e.g. nats per token: {"value", "lo", "hi", "n"}."""
+    """sum(totals) / sum(weights) with a 95 % bootstrap interval over items: {"value", "lo", "hi", "n"}."""
     totals, weights = _finite(totals), _finite(weights)
-    return {"value": float(totals.sum() / weights.sum()), **_interval(_ratio, (totals, weights)), "n": len(totals)}
+    return {"value": float(_ratio(totals, weights)), **_interval((totals, weights)), "n": len(totals)}
 
 
 def paired_delta(before, after, weights=None) -> dict:
     """`after - before` on the same items, each array of shape (n,), as {"value", "lo", "hi", "p", "n"}.
 
-    `weights` (n,) turns per-item totals into a ratio: sum(after - before) / sum(weights). The interval is scipy's percentile
-    bootstrap over items (Efron & Tibshirani 1993), p is the two-sided paired permutation test, in which the labels before/after
-    are swapped item by item. Raises ValueError for fewer than two items, unequal lengths or non-finite values.
+    `weights` (n,) turns per-item totals into a ratio: sum(after - before) / sum(weights). The interval is
+    scipy's percentile bootstrap over items (Efron & Tibshirani 1993); p is the two-sided paired permutation
+    test, in which the labels before/after are swapped item by item. ValueError for fewer than two items,
+    unequal lengths or values that are not finite.
     """
     before, after = _finite(before), _finite(after)
     weights = np.ones(len(before)) if weights is None else _finite(weights)
     if not len(before) == len(after) == len(weights) >= 2:
-        raise ValueError(f"paired items needed: before {len(before)}, after {len(after)}, weights {len(weights)}; at least 2")
+        raise ValueError(f"at least 2 paired items needed: {len(before)} before, {len(after)} after, "
+                         f"{len(weights)} weights")
     difference = after - before
-    if not difference.any():  # identical arms: nothing to resample
+    if not difference.any():  # nothing to resample
         return {"value": 0.0, "lo": 0.0, "hi": 0.0, "p": 1.0, "n": len(before)}
-    test = scipy.stats.permutation_test((difference,), lambda d, axis: d.sum(axis=axis), permutation_type="samples",
-                                        vectorized=True, n_resamples=RESAMPLES, rng=np.random.default_rng(SEED))
-    return {"value": float(difference.sum() / weights.sum()), **_interval(_ratio, (difference, weights)),
+    test = scipy.stats.permutation_test((difference,), np.sum, permutation_type="samples", vectorized=True,
+                                        n_resamples=RESAMPLES, rng=np.random.default_rng(SEED))
+    return {"value": float(_ratio(difference, weights)), **_interval((difference, weights)),
             "p": float(test.pvalue), "n": len(before)}
 
 
 def mcnemar(before, after) -> dict:
-    """`after - before` of 0/1 outcomes on the same items: {"value", "lo", "hi", "p", "n"}, value = difference of the two shares.
+    """`after - before` of 0/1 outcomes on the same items: {"value" (difference of shares), "lo", "hi", "p", "n"}.
 
-    p is McNemar's exact test, the interval Agresti & Min's (2005): Wald's with half an item added to each of the four cells. The
-    bootstrap is no good here: 4 items lost and none gained gave it [-0.08, -0.01] of 100 where the exact p is 0.125. Raises
-    ValueError for fewer than two items, unequal lengths or values other than 0 and 1.
+    p is McNemar's exact test, the interval is Agresti & Min's (2005): Wald's with half an item added to each
+    of the four cells. The bootstrap fails here: with 4 items lost of 100 and none gained it gave
+    [-0.08, -0.01], where the exact p is 0.125. ValueError for fewer than two items, unequal lengths or values
+    other than 0 and 1.
     """
     before, after = _finite(before), _finite(after)
     if not len(before) == len(after) >= 2 or not np.isin([before, after], (0, 1)).all():
-        raise ValueError(f"paired 0/1 outcomes needed: before {len(before)}, after {len(after)} items; at least 2")
+        raise ValueError(f"at least 2 paired 0/1 outcomes needed: {len(before)} before, {len(after)} after")
     n, gained, lost = len(before), int((after > before).sum()), int((after < before).sum())
     p = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    centre, half = (gained - lost) / (n + 2), 1.96 * np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
-    return {"value": (gained - lost) / n, "lo": float(max(-1, centre - half)), "hi": float(min(1, centre + half)), "p": float(p), "n": n}
+    centre = (gained - lost) / (n + 2)
+    half = 1.96 * np.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
+    low, high = float(max(-1, centre - half)), float(min(1, centre + half))
+    return {"value": (gained - lost) / n, "lo": low, "hi": high, "p": float(p), "n": n}
 
 
 def verdict(delta: dict, higher_is_better: bool) -> str:
-    """"improved" / "worse" only if the 95 % interval excludes 0 and p < 0.05, else "no difference shown".
+    """"improved" or "worse" only if the 95 % interval excludes 0 and p < 0.05, else "no difference shown".
 
-    Both, because at the edge an interval can exclude 0 where the exact test says p = 0.07.
+    Both are asked, because at the edge an interval can exclude 0 where the exact test says p = 0.07.
     """
     if delta["lo"] <= 0 <= delta["hi"] or delta["p"] >= 0.05:
         return "no difference shown"
@@ -65,12 +118,12 @@ def _ratio(totals, weights, axis=-1):
     return totals.sum(axis=axis) / weights.sum(axis=axis)
 
 
-def _interval(statistic, data) -> dict:
+def _interval(data) -> dict:
     if len(data[0]) < 2:
         raise ValueError("an interval needs at least 2 items")
-    result = scipy.stats.bootstrap(data, statistic, paired=True, vectorized=True, method="percentile", batch=500,
-                                   n_resamples=RESAMPLES, rng=np.random.default_rng(SEED))
-    return {"lo": float(result.confidence_interval.low), "hi": float(result.confidence_interval.high)}
+    found = scipy.stats.bootstrap(data, _ratio, paired=True, vectorized=True, method="percentile", batch=500,
+                                  n_resamples=RESAMPLES, rng=np.random.default_rng(SEED)).confidence_interval
+    return {"lo": float(found.low), "hi": float(found.high)}
 
 
 def _finite(values) -> np.ndarray:
