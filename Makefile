@@ -25,6 +25,7 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 # progress bars belong on a terminal, not in a log file
 ifndef MAKE_TERMERR
 export TQDM_DISABLE := 1
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
 endif
 
 .DELETE_ON_ERROR:
@@ -48,10 +49,10 @@ $(R)/%.json: FORCE
 	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $(LAUNCH) $*.py $(ARGS) ;; *) exit 2 ;; esac
 
 report: setup                  ## report.md and its figures from results/; trains nothing (2 s)
-	@$(PY) -m common.report
+	@$(PY) -m report.render
 
 check: setup                   ## report current, results fresh, a reason beside every knob (2 s)
-	@$(PY) -m common.report check
+	@$(PY) -m report.render check
 
 lint: setup                    ## ruff (1 s)
 	@$(PY) -m ruff check .
@@ -67,7 +68,7 @@ test-all: setup lint           ## the tests, and every architecture through ever
 smoke: setup                   ## every step on a few rows: proves the path, never a number (5 min)
 	@$(MAKE) --no-print-directory task1 PROFILE=smoke PY=$(PY)
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory task2 PROFILE=smoke PY=$(PY) > runs/smoke-task2.log 2>&1 & other=$$!; \
-	$(MAKE) --no-print-directory task3 PROFILE=smoke RUN=smoke SET=n_known=0 PY=$(PY) || { kill $$other; exit 1; }; \
+	$(MAKE) --no-print-directory task3 PROFILE=smoke PY=$(PY) || { kill $$other; exit 1; }; \
 	wait $$other; status=$$?; cat runs/smoke-task2.log; exit $$status
 
 ifeq ($(PY),$(VENV)/bin/python)

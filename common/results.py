@@ -1,12 +1,13 @@
-"""Result files and their freshness: one JSON per step, written to a temporary name and renamed.
+"""Result files, knobs and freshness: one JSON per step, and content hashes that say whether it is current.
 
-Make gives the order, hashes give the truth. A result is fresh when the hash of every repository module it imported (AST without
-docstrings and comments), of every upstream result and of every tracked file it read is what it was. Light on purpose: importing
-this module loads neither numpy nor torch, so `make` on an up-to-date tree costs a fraction of a second.
+Make gives the order of the steps. A result is fresh when its arguments and the hashes of everything it was
+made from are what they were: repository modules (without comments and docstrings), earlier results, files,
+hub commits. This module loads neither numpy nor torch, so `make` on an up-to-date tree takes a fraction of
+a second.
 
     python -m common.results fresh results/cpu/task1_decoder/03_train.json [the step's own arguments]
 
-exits 0 and says "fresh", exits 1 and names what changed, or exits 2 if the arguments are wrong.
+exits with 0 and says "fresh", with 1 and names what changed, or with 2 if the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -21,70 +22,55 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
 import re
 import resource
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import tokenize
 from pathlib import Path
 
 from common import hub
 
 ROOT = Path(__file__).resolve().parent.parent
-# storing, rendering and downloading never change a number
-PLUMBING = {"common/results.py", "common/report.py", "common/hub.py", "common/__init__.py"}
-UPSTREAM: dict = {}  # the same of the earlier steps that this process has loaded
-FACTS: dict = {}  # what this process chose by itself (dtype, threads): part of every result's `env`
-MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only the first process prints and writes results
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval", "sentence-transformers",
-            "tokenizers", "numpy", "scipy", "scikit-learn")
+PLUMBING = {"common/results.py", "common/hub.py", "common/__init__.py"}  # these never change a number
+UPSTREAM: dict = {}  # what earlier steps chose by themselves, of those this process has loaded
+FACTS: dict = {}  # what this process chose by itself (number format, threads): part of every result's `env`
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only the first process prints and writes
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval",
+            "sentence-transformers", "tokenizers", "numpy", "scipy", "scikit-learn")
+PROFILES = ("smoke", "cpu", "gpu")
+CHOICES = {"compute": ("auto", "bf16", "fp16", "fp32"), "precision": ("nf4", "bf16", "fp16", "fp32"),
+           "gradient_checkpointing": ("auto", "on", "off")}
+AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_every", "max_steps", "log_every",
+              "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the whole new one. SystemExit if the disk is full."""
+    """Write `text` to `path` so that a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except OSError as err:
-        if err.errno == errno.ENOSPC:
-            raise SystemExit(f"disk full while writing {shown(path)} ({len(text)} characters): free some space, "
-                             "then repeat the command; the earlier file is untouched") from None
-        raise
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def shown(path: Path | str) -> str:
-    """A path as people should read it: relative to the repository where possible."""
-    path = Path(path)
-    return path.relative_to(ROOT).as_posix() if path.is_absolute() and path.is_relative_to(ROOT) else str(path)
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """A JSON-lines file of objects."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file, or of all files of a folder by name."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        digest.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file, in order."""
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
 
 
 def read(path: Path, remedy: str = "") -> dict:
@@ -95,28 +81,43 @@ def read(path: Path, remedy: str = "") -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err:
-        raise SystemExit(f"{shown(path)} is cut short or not JSON ({err}): delete it, then {remedy}") from None
+        raise SystemExit(f"{shown(path)} is cut short or no JSON ({err}): delete it, then {remedy}") from None
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file, in order."""
-    with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+def shown(path: Path | str) -> str:
+    """A path as people should read it: relative to the repository where possible."""
+    path = Path(path)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def command(path: Path, profile: str, settings: dict[str, str]) -> str:
     """The make command that builds results/<run>/<task>/<step>.json with these arguments."""
-    run, task = path.parent.parent.name, "ablations" if path.stem == "ablations" else path.parent.name
+    run, task, step = path.parts[-3:]
+    target = "ablations" if step == "ablations.json" else task.split("_")[0]
     profile = profile or (run if run in ("smoke", "gpu") else "cpu")
-    words = [f"make {task.split('_')[0]}"]
+    settings = dict(settings)
+    words = [f"make {target}"]
     words += [f"PROFILE={profile}"] if profile != "cpu" else []
     words += [f"RUN={run}"] if run != profile or settings else []
-    words += [f"{name.upper()}={shlex.quote(settings[name])}" for name in ("model", "data", "terms") if name in settings]
-    rest = [f"{k}={v}" if shlex.quote(v) == v else f"'{k}={v}'" for k, v in settings.items() if k not in ("model", "data", "terms")]
-    return " ".join(words + ([f'SET="{" ".join(rest)}"'] if rest else []))
+    sources = [name for name in ("model", "data", "terms") if name in settings]
+    words += [f"{name.upper()}={shlex.quote(settings.pop(name))}" for name in sources]
+    knobs = [f"{name}={value}" if shlex.quote(value) == value else f"'{name}={value}'"
+             for name, value in settings.items()]
+    return " ".join(words + ([f'SET="{" ".join(knobs)}"'] if knobs else []))
 
 
-# ---------------------------------------------------------------------------------------------------------------- hashes
+# ----------------------------------------------------------------------------------------------------- hashes
+
+def sha256(path: Path) -> str:
+    """Hash of a file, or of all files of a folder with their names."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
 
 def canonical(node) -> str:
     """An AST as text that is equal on Python 3.10-3.13: ast.dump's optional fields differ between them."""
@@ -128,160 +129,148 @@ def canonical(node) -> str:
 
 
 def source_hash(path: Path) -> str:
-    """Hash of a file that ignores what cannot change its result: comments and docstrings of Python, nothing elsewhere."""
+    """Hash of a file, for Python without comments and docstrings, which change no result."""
     if path.suffix != ".py":
         return sha256(path)[:16]
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None:
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     return hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
 
 
 def result_hash(result: dict) -> str:
-    """Hash of what a later step can depend on: configuration, rows, artifacts. Not time, machine or memory."""
+    """Hash of what a later step can depend on: configuration, rows, artifacts. Not time, machine or memory.
+    """
     kept = {key: result.get(key) for key in ("config", "rows", "artifacts")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def imported_modules() -> dict[str, str]:
-    files = {Path(module.__file__).resolve() for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
-    names = {path.relative_to(ROOT).as_posix(): path for path in files
-             if path.suffix == ".py" and path.exists() and path.is_relative_to(ROOT) and ".venv" not in path.parts}
+    """{path: source hash} of the repository's modules that this process has imported."""
+    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
+             if getattr(module, "__file__", None)}
+    names = {shown(path): path for path in files if path.suffix == ".py" and path.is_relative_to(ROOT)
+             and ".venv" not in path.parts and path.exists()}
     return {name: source_hash(path) for name, path in sorted(names.items())
             if name not in PLUMBING and not name.startswith("tests/")}
 
 
-# ---------------------------------------------------------------------------------------------------------------- knobs
+# ------------------------------------------------------------------------------------------------------ knobs
 
 def knobs(path: Path) -> dict[str, dict]:
-    """Knobs of the dataclass `Config` and of `PROFILES` in a script, with the reason in the comment beside or above each.
+    """Knobs of the dataclass `Config` and of `PROFILES` in a script, each with its reason.
 
-    Returns {name: {"value": source text, "reason": text, "profiles": {profile: {"value", "reason"}}}}.
+    The reason is the comment above a field, and the comment beside a profile's value. Returns {name: {"value"
+    (source text), "reason", "profiles": {profile: {"value", "reason"}}}}.
     """
-    text = path.read_text(encoding="utf-8")
-    comments, alone = {}, set()
-    for token in tokenize.generate_tokens(iter(text.splitlines(keepends=True)).__next__):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ").strip()
-            if not token.line[:token.start[1]].strip():
-                alone.add(token.start[0])
+    lines = path.read_text(encoding="utf-8").splitlines()
 
-    def reason(node) -> str:
-        above, line = [], node.lineno - 1
-        while line in alone and not comments[line].startswith("--"):  # "# -- the optimiser --" is a heading
-            above.insert(0, comments[line])
-            line -= 1
-        after, line = [comments.get(node.end_lineno, "")], node.end_lineno + 1
-        beside = bool(after[0])
-        while beside and line in alone and text.splitlines()[line - 1].index("#") > node.col_offset + 8:
-            after.append(comments[line])  # a trailing comment that runs on, indented, below the value
-            line += 1
-        return " ".join(filter(None, above + after))
+    def above(node):
+        start = node.lineno - 1
+        while re.match(r"\s*# (?!--)", lines[start - 1]):  # "# -- the optimiser --" is a heading
+            start -= 1
+        return " ".join(line.strip("# ") for line in lines[start:node.lineno - 1])
 
     found: dict[str, dict] = {}
-    for node in ast.parse(text).body:
+    for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            for field in node.body:
-                if isinstance(field, ast.AnnAssign) and field.value is not None:
-                    found[field.target.id] = {"value": ast.unparse(field.value), "reason": reason(field), "profiles": {}}
+            for field in (field for field in node.body if isinstance(field, ast.AnnAssign)):
+                value = ast.unparse(field.value)
+                found[field.target.id] = {"value": value, "reason": above(field), "profiles": {}}
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROFILES":
             for profile, overrides in zip(node.value.keys, node.value.values):
-                for keyword in overrides.keywords:
-                    entry = found.setdefault(keyword.arg, {"value": "", "reason": "", "profiles": {}})
-                    entry["profiles"][profile.value] = {"value": ast.unparse(keyword.value), "reason": reason(keyword)}
+                for override in overrides.keywords:
+                    entry = found.setdefault(override.arg, {"value": "", "reason": "", "profiles": {}})
+                    beside = lines[override.end_lineno - 1].partition("  # ")[2]
+                    value = ast.unparse(override.value)
+                    entry["profiles"][profile.value] = {"value": value, "reason": beside}
     return found
 
 
-def known_knobs(folder: Path) -> dict[str, dict[str, dict]]:
-    """{file stem: its knobs, as from `knobs`} of a task; what task.py declares is shared by its scripts."""
-    own = {path.stem: knobs(path) for path in sorted(folder.glob("*.py"))}
-    return {stem: own.get("task", {}) | found for stem, found in own.items() if stem != "task"}
-
-
-# what a knob may be, said before anything is imported
-CHOICES = {"compute": ("auto", "bf16", "fp16", "fp32"), "precision": ("nf4", "bf16", "fp16", "fp32"), "gradient_checkpointing": ("auto", "on", "off")}
-AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_every", "max_steps", "log_every", "max_prompt_tokens",
-              "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
-
-
 def value_of(name: str, text: str, default):
-    """The value that `text` gives to a knob, in the type of its default. SystemExit if it is none, negative or not a number."""
-    kind, least = type(default), name in AT_LEAST_1
+    """The value that `text` gives to a knob, in the type of its default. SystemExit if it cannot be one."""
+    kind, least = type(default), int(name in AT_LEAST_1)
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        if kind in (int, float) and not (math.isfinite(value) and value >= least):
-            raise ValueError
-        if value not in CHOICES.get(name, [value]):
+        number = kind in (int, float)
+        if value not in CHOICES.get(name, [value]) or (number and not least <= value < math.inf):
             raise ValueError
     except (ValueError, KeyError):
-        wanted = {bool: "true or false", int: f"a whole number, {int(least)} or more", float: "a number, 0 or more",
-                  str: f"one of {', '.join(CHOICES.get(name, []))}"}[kind]
+        wanted = {bool: "true or false", int: f"a whole number, {least} or more",
+                  float: "a number, 0 or more", str: f"one of {', '.join(CHOICES.get(name, []))}"}[kind]
         raise SystemExit(f"knob {name}={text!r}: expected {wanted}") from None
     return value
 
 
 def parse_arguments(argv: list[str], script: Path, doc: str | None = None) -> argparse.Namespace:
-    """Arguments every step shares. `settings` keeps only this step's knobs: those of other steps and tasks are no error, so
-    that one SET serves `make`; what no step has is one. Values are checked against the types in the source, which needs no import."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=shown(script), description=doc, formatter_class=formatter)
+    """The arguments that every step takes, checked against the script's source, before anything is imported.
+
+    `settings` keeps the knobs of this step: one SET serves `make`, so a knob of another step or task is no
+    error.
+    """
+    parser = argparse.ArgumentParser(prog=shown(script), description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="cpu", help="smoke, cpu (default) or gpu")
     parser.add_argument("--run", help="name of the results folder (default: the profile's name)")
     parser.add_argument("--model", help="an embedded model, a model folder or a hub id owner/name[@revision]")
     parser.add_argument("--data", help="corpus, a JSONL/CSV/Parquet file or a hub id owner/name[@revision]")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="any knob of the task's scripts")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs of any script")
     args = parser.parse_args(argv)
     settings = {}
     for text in args.set:
-        name, equals, value = text.partition("=")
+        name, equals, settings[name] = text.partition("=")
         if not equals:
-            raise SystemExit(f"--set {text!r}: expected KNOB=VALUE; a value with blanks in quotes: SET=\"'knob=two words'\"")
-        settings[name] = value
+            raise SystemExit(f"--set {text!r}: expected KNOB=VALUE; a value with blanks in quotes: "
+                             "SET=\"'knob=two words'\"")
     settings.update({name: getattr(args, name) for name in ("model", "data") if getattr(args, name)})
-    own = known_knobs(script.parent)
-    others = [known_knobs(folder) for folder in script.parent.parent.glob("task[0-9]_*") if folder != script.parent]
-    everything = sorted({name for task in (own, *others) for step in task.values() for name in step})
+
+    everywhere = {path: knobs(path) for path in script.parent.parent.glob("task*/*.py")}
+    names = sorted({name for declared in everywhere.values() for name in declared})
     for name in settings:
-        if name not in everything:
-            near = difflib.get_close_matches(name, everything, 1)
-            mine = sorted({name for step in own.values() for name in step})
-            hint = f"did you mean {near[0]!r}?" if near else f"knobs of {script.parent.name}: {', '.join(mine)}"
-            raise SystemExit(f"unknown knob {name!r}: {hint}")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            raise SystemExit(f"unknown knob {name!r}: " + (f"did you mean {near[0]!r}?" if near else
+                             f"knobs of all tasks: {', '.join(names)}"))
     args.run = args.run or args.profile
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", args.run) or args.run.startswith("."):
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", args.run):
         raise SystemExit(f"RUN={args.run!r} is a folder name: letters, digits, '.', '_' and '-' only")
-    declared = own[script.stem]
+    if args.profile not in PROFILES:
+        raise SystemExit(f"unknown profile {args.profile!r}: choose one of {', '.join(PROFILES)}")
+    declared = everywhere.get(script.with_name("task.py"), {}) | everywhere[script]
     args.settings = {name: value for name, value in sorted(settings.items()) if name in declared}
     for name, text in args.settings.items():
         with contextlib.suppress(ValueError):  # a default that is no literal is text
             value_of(name, text, ast.literal_eval(declared[name]["value"]))
-    profiles = [ast.literal_eval(key) for node in ast.parse(script.read_text(encoding="utf-8")).body
-                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROFILES" for key in node.value.keys]
-    if args.profile not in profiles:
-        raise SystemExit(f"unknown profile {args.profile!r}: choose one of {', '.join(profiles)}, as in make task1 PROFILE=cpu")
     return args
 
 
 def check_arguments(file: str, doc: str) -> None:
-    """Called by a script before its large imports: wrong arguments and --help are answered at once."""
+    """Called by a script before its slow imports: --help and wrong arguments are answered at once."""
     parse_arguments(sys.argv[1:], Path(file).resolve(), doc)
+    if not sys.stderr.isatty():  # no progress bars in a log file: libraries read this when they are imported
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def configure(config_class, profiles: tuple[dict, ...], profile: str, settings: dict):
-    """The step's Config: defaults, then the profile's overrides (shared ones first), then settings; prints what differs."""
+    """The step's Config: defaults, then the profile's overrides (shared ones first), then settings."""
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    chosen = {name: (value, f"profile {profile}") for overrides in profiles for name, value in overrides[profile].items()}
-    chosen |= {name: (value_of(name, text, defaults[name]), "command line") for name, text in settings.items()}
-    for name, (value, origin) in chosen.items():
-        print(f"  {name}={value!r} ({origin})")
-    return dataclasses.replace(config_class(), **{name: value for name, (value, _) in chosen.items()})
+    overrides = {name: value for part in profiles for name, value in part[profile].items()}
+    typed = {name: value_of(name, text, defaults[name]) for name, text in settings.items()}
+    for name, value in (overrides | typed).items():
+        print(f"  {name}={value!r} ({'command line' if name in typed else f'profile {profile}'})")
+    return config_class(**overrides | typed)
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows of ablations
+def config_of(config_class, stored: dict, **changes):
+    """A Config with the knobs of a stored result, except for `changes`: what an ablation trains with."""
+    known = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{name: value for name, value in {**stored, **changes}.items() if name in known})
+
 
 def chosen(only: str, possible: list[str]) -> list[str]:
-    """The names in `only`, separated by ";", or all; SystemExit for a name that is not possible."""
+    """The rows of ablations named in `only`, separated by ";", or all. SystemExit for a name that is none."""
     names = [name.strip() for name in only.split(";")] if only else possible
     if unknown := [name for name in names if name not in possible]:
         raise SystemExit(f"only={only!r}: no row {unknown[0]!r}; rows: {'; '.join(possible)}")
@@ -289,55 +278,61 @@ def chosen(only: str, possible: list[str]) -> list[str]:
 
 
 def cached(path: Path, given: list, make) -> dict:
-    """What `make()` returned, kept at `path` as long as `given` (knobs, data) and the code imported so far are the same."""
+    """What `make()` returned, kept at `path` as long as `given` (knobs, data) and the code are the same."""
     identity = hashlib.sha256(json.dumps([given, imported_modules()]).encode()).hexdigest()
     if not (path.exists() and json.loads(path.read_text())["identity"] == identity):
         write_atomic(path, json.dumps({"identity": identity, **make()}))
     return json.loads(path.read_text())
 
 
-# ---------------------------------------------------------------------------------------------------------------- a step
+# ----------------------------------------------------------------------------------------------------- a step
 
 class Run:
-    """One step of one task: its knobs, where it reads and writes, what it has read so far."""
+    """One step of one task: its knobs `cfg`, where it reads and writes, what it has read so far."""
 
     def __init__(self, args, script: Path, config):
         self.profile, self.name, self.settings, self.cfg = args.profile, args.run, args.settings, config
-        self.remedy = command(ROOT / "results" / args.run / script.parent.name / f"{script.stem}.json", args.profile, args.settings)
         self.task, self.step = script.parent.name, script.stem
         self.folder = ROOT / "runs" / self.name / self.task  # weights, predictions, caches: git-ignored
         self.result_path = ROOT / "results" / self.name / self.task / f"{self.step}.json"
+        self.remedy = command(self.result_path, args.profile, args.settings)
         self.inputs: dict[str, str] = {}
         self.started = time.time()
 
     def load(self, step: str) -> dict:
-        """An upstream result of this run; its hash becomes an input. SystemExit if missing, cut short, or of other knobs."""
+        """An earlier step's result, which becomes an input. SystemExit if missing, cut short, or of other
+        knobs.
+        """
         path = self.result_path.with_name(f"{step}.json")
         result = read(path, self.remedy)
         for name, commit in self.hub_commits().items():
             if result["inputs"].get(name, commit) != commit:
                 source = name.rpartition(":")[2].partition("@")[0]
-                raise SystemExit(f"{shown(path)} was made with {source} at commit {result['inputs'][name]}, this machine now has "
-                                 f"{commit}: name one, as in {source}@{commit}, or take another RUN= name")
+                raise SystemExit(f"{shown(path)} was made with {source} at commit {result['inputs'][name]}, "
+                                 f"this machine now has {commit}: name one, as in {source}@{commit}, or "
+                                 "another RUN=")
         for name, value in dataclasses.asdict(self.cfg).items():
-            if result["config"].get(name, value) != json.loads(json.dumps(value)):
-                raise SystemExit(f"{shown(path)} was made with {name}={result['config'][name]!r}, this step has {value!r}: "
-                                 f"give every step the same value, or another RUN= name")
+            if result["config"].get(name, value) != value:
+                raise SystemExit(f"{shown(path)} was made with {name}={result['config'][name]!r}, this step "
+                                 f"has {value!r}: give every step the same value, or another RUN= name")
         self.inputs[f"step:{step}"] = result_hash(result)
-        UPSTREAM.update({k: v for k, v in result["env"].items() if k == "compute"})
+        UPSTREAM.update({name: value for name, value in result["env"].items() if name == "compute"})
         return result
 
     def artifact(self, step: str, name: str) -> Path:
-        """A file or folder that an upstream step left under runs/. SystemExit if it is not there."""
+        """A file or folder that an earlier step left under runs/. SystemExit if it is not there."""
         path = self.folder / name
         if not path.exists():
             raise SystemExit(f"{shown(path)} is missing (made by {step}): {self.remedy}")
         return path
 
     def hub_commits(self) -> dict[str, str]:
-        """{"hub:model:owner/name": commit} of what this step takes from a hub, as far as it is on this machine yet."""
-        sources = [(kind, getattr(self.cfg, knob, "")) for knob, kind in (("model", "model"), ("data", "dataset"))]
-        commits = {f"hub:{kind}:{source}": hub.cached_revision(source, kind) for kind, source in sources if hub.is_id(source)}
+        """{"hub:model:owner/name": commit} of what this step takes from a hub, if it is on this machine
+        yet.
+        """
+        sources = {"model": getattr(self.cfg, "model", ""), "dataset": getattr(self.cfg, "data", "")}
+        commits = {f"hub:{kind}:{source}": hub.cached_revision(source, kind)
+                   for kind, source in sources.items() if hub.is_id(source)}
         return {name: commit for name, commit in commits.items() if commit}
 
     def track(self, path: Path) -> Path:
@@ -347,24 +342,28 @@ class Run:
 
     def log(self, **values) -> None:
         """One key=value line; the last line of a step is its verdict."""
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()), flush=True)
+        words = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()]
+        print(" ".join(words), flush=True)
 
-    def save(self, rows: list[dict], artifacts: list[str] = (), tokens_per_second: float | None = None) -> Path:
-        """Write results/<run>/<task>/<step>.json atomically. Values stay numbers at full precision; missing ones are null."""
+    def save(self, rows: list[dict], artifacts: list[str] = (), tokens_per_second: float | None = None):
+        """Write the step's result file. Values stay numbers at full precision, and missing ones are null."""
         seconds = time.time() - self.started
-        result = {"run": self.name, "profile": self.profile, "task": self.task, "step": self.step, "status": "ok",
+        cost = {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(),
+                "tokens_per_second": tokens_per_second}
+        result = {"run": self.name, "profile": self.profile, "task": self.task, "step": self.step,
                   "settings": self.settings, "config": dataclasses.asdict(self.cfg), "rows": rows,
                   "inputs": {**imported_modules(), **self.inputs, **self.hub_commits()},
-                  "artifacts": {name: sha256(self.folder / name) for name in artifacts}, "env": environment(),
-                  "cost": {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(),
-                           "tokens_per_second": tokens_per_second}}
-        write_atomic(self.result_path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+                  "artifacts": {name: sha256(self.folder / name) for name in artifacts},
+                  "env": environment(), "cost": cost}
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomic(self.result_path, text + "\n")
         print(f"{self.step}: wrote {shown(self.result_path)} after {seconds / 60:.1f} min", flush=True)
-        return self.result_path
 
 
 def start(main, config_class, *profiles: dict) -> None:
-    """Entry point of a numbered script: arguments, knobs, `main(run)`, and one line instead of a traceback for user errors."""
+    """Entry point of a script: arguments, knobs, `main(run)`, and one line in place of a user error's
+    traceback.
+    """
     module = sys.modules[main.__module__]
     script = Path(module.__file__).resolve()
     args = parse_arguments(sys.argv[1:], script, module.__doc__)
@@ -372,87 +371,79 @@ def start(main, config_class, *profiles: dict) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         print(f"{script.parent.name}/{script.stem} profile={args.profile} run={args.run}", flush=True)
-        if not sys.stderr.isatty():
-            hush()
         run = Run(args, script, configure(config_class, profiles, args.profile, args.settings))
         with only_one(run):
             main(run)
     except KeyboardInterrupt:
-        raise SystemExit(f"\n{script.stem} interrupted; nothing half-written. The same command goes on from the last "
-                         "checkpoint, if there is one") from None
+        raise SystemExit(f"\n{script.stem} interrupted; nothing half-written. The same command goes on from "
+                         "the last checkpoint, if there is one") from None
     except Exception as err:
-        if getattr(err, "errno", None) == errno.ENOSPC or "No space left on device" in str(err):
-            raise SystemExit(f"disk full in {script.stem}: free some space under runs/, then repeat the command") from None
+        number = getattr(err, "errno", None)
+        if number == errno.ENOSPC or "No space left on device" in str(err):
+            raise SystemExit(f"disk full in {script.stem}: free some space, repeat the command") from None
+        if number in (errno.EROFS, errno.EACCES):
+            raise SystemExit(f"{script.stem} may not write {shown(err.filename)}: make it writable") from None
         if type(err).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-            raise SystemExit(f"{script.stem} ran out of the accelerator's memory: SET='eval_batch_size=.. rows_per_pass=..' lower, or a smaller "
-                             f"MODEL= ({str(err).split('.')[1].strip()})") from None
-        if getattr(err, "errno", None) in (errno.EROFS, errno.EACCES):
-            raise SystemExit(f"{script.stem} may not write {shown(err.filename)}: make runs/ and results/ writable") from None
+            raise SystemExit(f"{script.stem} ran out of the accelerator's memory: SET='eval_batch_size=.. "
+                             f"rows_per_pass=..' lower, or a smaller MODEL= ({err})".split(". ")[0]) from None
         raise
 
 
 @contextlib.contextmanager
 def only_one(run: Run):
-    """The right to write runs/<run>/<task>, until the process ends, however it ends. SystemExit if another process has it."""
-    if not MAIN_PROCESS:
-        yield
-        return
+    """The right to write runs/<run>/<task>, until the process ends. SystemExit if another process has it."""
     path = ROOT / "runs" / ".locks" / f"{run.name}-{run.task}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if MAIN_PROCESS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            raise SystemExit(f"{shown(run.folder)} is being written by {file.read()}: wait until it ends, or take another RUN= name") from None
-        file.truncate(0)
-        file.write(f"{run.step}, process {os.getpid()}, since {time.strftime('%H:%M')}")
-        file.flush()
+            raise SystemExit(f"{shown(run.folder)} is being written by {path.read_text()}: wait until it "
+                             "ends, or take another RUN= name") from None
+        if MAIN_PROCESS:
+            path.write_text(f"{run.step}, process {os.getpid()}, since {time.strftime('%H:%M')}")
         yield
-
-
-def hush() -> None:
-    """No progress bars in a log file, and no word from lm-eval below an error."""
-    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    if "transformers" in sys.modules:
-        sys.modules["transformers"].utils.logging.disable_progress_bar()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def environment() -> dict:
     """Versions, device and commit of this process."""
     env = {"python": platform.python_version(), **FACTS}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             env[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            env[package] = None
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    env["device"] = cuda.get_device_name() if cuda and cuda.is_available() else \
-        f"{cpu.group(1) if cpu else platform.processor()}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search(r"model name\s*: (.+)", info)
+    env["device"] = f"{cpu.group(1) if cpu else platform.processor()}, {os.cpu_count()} cores"
+    if cuda := accelerator():
+        env["device"] = cuda.get_device_name()
 
     def git(*words):
-        if not shutil.which("git"):
-            return ""
-        return subprocess.run(["git", "-C", str(ROOT), *words], check=False, capture_output=True, text=True).stdout.strip()
-    env["commit"] = git("rev-parse", "--short=12", "HEAD") or os.environ.get("GIT_COMMIT")  # a copy without .git can be told
-    env["dirty"] = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!report.md"))
+        with contextlib.suppress(FileNotFoundError):  # no git on this machine
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+            return done.stdout.strip()
+    env["commit"] = git("rev-parse", "--short=12", "HEAD") or os.environ.get("GIT_COMMIT")  # without .git
+    env["dirty"] = bool(git("status", "--porcelain", "-uno", "--", ".", ":!results", ":!report.md"))
     return env
 
 
-def peak_memory() -> int:
-    """Peak bytes: allocated on the accelerator if one was used, else the resident set of this process."""
+def accelerator():
+    """torch.cuda if this process uses torch on a CUDA or ROCm device, else None."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    if cuda and cuda.is_available():
+    return cuda if cuda and cuda.is_available() else None
+
+
+def peak_memory() -> int:
+    """Peak bytes: allocated on the accelerator if one is used, else the resident set of this process."""
+    if cuda := accelerator():
         return cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ---------------------------------------------------------------------------------------------------------------- freshness
+# -------------------------------------------------------------------------------------------------- freshness
 
 def changed(path: Path, args=None) -> str | None:
-    """What differs between now and when the result at `path` was made, its upstream included; None if nothing does."""
+    """What differs between now and when the result at `path` was made; None if nothing does."""
     if not path.exists():
         return "no result yet"
     try:
@@ -461,14 +452,15 @@ def changed(path: Path, args=None) -> str | None:
     except (ValueError, KeyError):
         return "the result file is cut short or not JSON"
     if args and (args.profile, args.settings) != (result["profile"], result["settings"]):
-        return f"asked for profile={args.profile} {args.settings}, stored is profile={result['profile']} {result['settings']}"
+        return (f"asked for profile={args.profile} {args.settings}, "
+                f"stored is profile={result['profile']} {result['settings']}")
     for name, old in inputs.items():
         kind, _, rest = name.rpartition(":")
-        if kind.startswith("hub:"):  # what this machine has of it; a clone without it keeps its results
+        if kind.startswith("hub:"):  # a clone without the repository in its cache keeps its results
             if (now := hub.cached_revision(rest, kind.removeprefix("hub:"))) not in (None, old):
                 return f"{rest} is at commit {now[:12]}, was {old[:12]}"
             continue
-        source = path.with_name(f"{rest}.json") if kind == "step" else Path(rest) if Path(rest).is_absolute() else ROOT / rest
+        source = path.with_name(f"{rest}.json") if kind == "step" else ROOT / rest
         if kind == "step" and (reason := changed(source)):
             return f"{rest} is stale ({reason})"
         if not source.exists():
@@ -483,23 +475,27 @@ def changed(path: Path, args=None) -> str | None:
 
 
 def stale_reason(path: Path, args=None) -> str | None:
-    """None if the step that writes `path` need not run, else why. `args`: the arguments it would be called with."""
+    """None if the step that writes `path` need not run with `args`, else why.
+
+    A clone has results but not runs/: what a step left there matters only if a later step has to run.
+    """
     if reason := changed(path, args):
         return reason
     result = read(path)
-    runs = ROOT / "runs" / result["run"] / result["task"]
-    missing = [name for name in result["artifacts"] if not (runs / name).exists()]
-    if missing:  # a clone has the results but not runs/: that matters only if a later step has to run
-        readers = [script.stem for script in sorted((ROOT / result["task"]).glob("[0-9]*.py")) if script.stem > result["step"]]
-        for later in readers + ["ablations"] * path.with_name("ablations.json").exists():
-            if reason := changed(path.with_name(f"{later}.json")):
-                return f"{shown(runs / missing[0])} is missing and {later} may need it ({reason})"
+    folder = ROOT / "runs" / result["run"] / result["task"]
+    missing = [name for name in result["artifacts"] if not (folder / name).exists()]
+    scripts = sorted((ROOT / result["task"]).glob("[0-9]*.py"))
+    later = [script.stem for script in scripts if script.stem > result["step"]]
+    later += ["ablations"] * path.with_name("ablations.json").exists()
+    for step in later if missing else []:
+        if reason := changed(path.with_name(f"{step}.json")):
+            return f"{shown(folder / missing[0])} is missing and {step} may need it ({reason})"
     return None
 
 
 def main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0] != "fresh":
-        raise SystemExit("usage: python -m common.results fresh results/RUN/TASK/STEP.json [arguments of the step]")
+        raise SystemExit("usage: python -m common.results fresh results/RUN/TASK/STEP.json [arguments]")
     path = Path(argv[1]).absolute()
     script = ROOT / path.parent.name / f"{path.stem}.py"
     if not script.exists():

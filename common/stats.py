@@ -32,7 +32,8 @@ class Metric:
 
 
 def rows_of(table: str, name: str, items: list[dict], metrics, **more) -> list[dict]:
-    """A result row per metric: {table, name, metric, label, value, lo, hi, n}, with a 95 % bootstrap interval.
+    """A result row per metric: {table, name, metric, label, value, lo, hi, n}, with a 95 % bootstrap
+    interval.
 
     `more` goes into every row. Without items there are no rows.
     """
@@ -86,7 +87,8 @@ def paired_delta(before, after, weights=None) -> dict:
 
 
 def mcnemar(before, after) -> dict:
-    """`after - before` of 0/1 outcomes on the same items: {"value" (difference of shares), "lo", "hi", "p", "n"}.
+    """`after - before` of 0/1 outcomes on the same items: {"value" (difference of shares), "lo", "hi", "p",
+    "n"}.
 
     p is McNemar's exact test, the interval is Agresti & Min's (2005): Wald's with half an item added to each
     of the four cells. The bootstrap fails here: with 4 items lost of 100 and none gained it gave

@@ -19,29 +19,33 @@ from transformers.trainer_utils import get_last_checkpoint
 from common import models, results
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-# Bytes by which a process on a CPU grows for each byte in use: the C library's heap keeps freed blocks that lie
-# between others. With 4, 8 and 16 rows of 180 tokens (SmolLM2-135M in NF4) the process grew by 1.3, 2.6 and
-# 5.3 GB, its tensors by 1.0, 2.0 and 4.0.
+# Bytes by which a process on a CPU grows for each byte in use: the C library's heap keeps freed blocks that
+# lie between others. With 4, 8 and 16 rows of 180 tokens (SmolLM2-135M in NF4) the process grew by 1.3, 2.6
+# and 5.3 GB, its tensors by 1.0, 2.0 and 4.0.
 HEAP = 1.33
-SPARE = 0.9  # share of the free memory to plan with: allocators lose some, and scoring needs some beside training
+SPARE = 0.9  # share of the free memory to plan with: allocators lose some, and scoring needs some
 ADAM = 12  # bytes a trained parameter costs beside itself: a gradient and two moments in fp32
 
 
 def per_process(batch_size: int) -> int:
     """Rows of a global batch that one process computes. SystemExit if they cannot be divided evenly."""
     if batch_size % PROCESSES:
-        raise SystemExit(f"batch_size={batch_size} cannot be divided among {PROCESSES} processes: take a multiple")
+        raise SystemExit(f"batch_size={batch_size} cannot be divided among {PROCESSES} processes: "
+                         "take a multiple")
     return batch_size // PROCESSES
 
 
 def options(compute: str) -> dict:
-    """Arguments of TrainingArguments that are no choice: device, number format `compute`, and quiet output."""
+    """Arguments of TrainingArguments that are no choice: device, number format `compute`, and quiet output.
+    """
     return {"use_cpu": models.device().type == "cpu", **models.trainer_dtype(compute), "report_to": "none",
             "disable_tqdm": not sys.stderr.isatty(), "logging_nan_inf_filter": False}
 
 
 def one_process(args):
-    """Training arguments for one GPU a process: the library would spread one process over all with DataParallel."""
+    """Training arguments for one GPU a process: the library would spread one process over all with
+    DataParallel.
+    """
     args._n_gpu = min(1, args.n_gpu)
     return args
 
@@ -67,8 +71,8 @@ class Log(TrainerCallback):
 def open_checkpoints(folder: Path, identity: list) -> str | None:
     """The last checkpoint in `folder` to resume from, or None.
 
-    Checkpoints of another `identity` (knobs, data) are removed, because resuming would mix two runs, and so is
-    one that a kill cut short: the library writes its state last.
+    Checkpoints of another `identity` (knobs, data) are removed, because resuming would mix two runs, and so
+    is one that a kill cut short: the library writes its state last.
     """
     digest, stored = hashlib.sha256(json.dumps(identity).encode()).hexdigest(), folder / "identity"
     with accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first():
@@ -101,7 +105,8 @@ def finish() -> None:
 
 
 def saved_bytes(model, forward, compute: str, wide: int = 0) -> dict[str, int]:
-    """Bytes of the distinct tensors that `forward()` keeps for the backward pass of `model`, by PyTorch's hooks.
+    """Bytes of the distinct tensors that `forward()` keeps for the backward pass of `model`, by PyTorch's
+    hooks.
 
     {"activations", "logits"}; logits are those whose last dimension is `wide`. Nothing is known here about
     architectures. The random generators are as before.
@@ -119,11 +124,14 @@ def saved_bytes(model, forward, compute: str, wide: int = 0) -> dict[str, int]:
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with torch.random.fork_rng(), hooks, models.autocast(compute):
         forward()
-    return {kind: sum(size for what, size in sizes.values() if what == kind) for kind in ("activations", "logits")}
+    return {kind: sum(size for what, size in sizes.values() if what == kind)
+            for kind in ("activations", "logits")}
 
 
 def predict(model, **parts: int) -> dict[str, int]:
-    """Bytes of a training step: `parts`, what is in use now ("resident"), the optimiser's, and their "total"."""
+    """Bytes of a training step: `parts`, what is in use now ("resident"), the optimiser's, and their
+    "total".
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = {"adapter_and_optimiser": ADAM * trained, **parts}
     if model.device.type == "cuda":

@@ -1,12 +1,11 @@
 """Storage and freshness: atomic writes, hashes that ignore comments, staleness that travels downstream."""
 
+import dataclasses
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -28,7 +27,8 @@ PROFILES = {{"smoke": dict(), "cpu": dict(), "gpu": dict()}}
 def main(run):
     {load}
     results.write_atomic(run.folder / "{step}.txt", "made")
-    run.save([{{"table": "toy", "model": "m", "metric": "x", "value": run.cfg.scale_{step}}}], artifacts=["{step}.txt"])
+    row = {{"table": "toy", "name": "m", "metric": "x", "value": run.cfg.scale_{step}}}
+    run.save([row], artifacts=["{step}.txt"])
 
 if __name__ == "__main__":
     results.start(main, Config, PROFILES)
@@ -45,20 +45,34 @@ def toy(tmp_path):
     task.mkdir()
     (task / "__init__.py").touch()
     (task / "task.py").write_text("SHARED = 1\n")
-    for i, (step, load) in enumerate((("01_a", "pass"), ("02_b", 'run.load("01_a")'), ("03_c", 'run.load("02_b")'))):
+    for i, (step, load) in enumerate(
+        (("01_a", "pass"), ("02_b", 'run.load("01_a")'), ("03_c", 'run.load("02_b")'))
+    ):
         (task / f"{step}.py").write_text(TOY.format(scale=i, load=load, step=step))
         assert run(tmp_path, step).returncode == 0
     return tmp_path
 
 
 def run(root, step, *args):
-    return subprocess.run([sys.executable, f"task9_toy/{step}.py", *args], cwd=root, env=environment(root), capture_output=True,
-                          text=True, check=False)
+    return subprocess.run(
+        [sys.executable, f"task9_toy/{step}.py", *args],
+        cwd=root,
+        env=environment(root),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def fresh(root, step, *args):
-    done = subprocess.run([sys.executable, "-m", "common.results", "fresh", f"results/cpu/task9_toy/{step}.json", *args], cwd=root,
-                          env=environment(root), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "common.results", "fresh", f"results/cpu/task9_toy/{step}.json", *args],
+        cwd=root,
+        env=environment(root),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stderr == ""
     return done.returncode == 0, done.stdout
 
@@ -112,7 +126,9 @@ def test_a_clone_without_runs_is_fresh_until_a_later_step_must_run(toy):
 
 
 def test_a_clone_without_runs_makes_again_what_stale_ablations_need(toy):
-    (toy / "task9_toy" / "ablations.py").write_text(TOY.format(scale=4, load='run.load("03_c")', step="ablations"))
+    (toy / "task9_toy" / "ablations.py").write_text(
+        TOY.format(scale=4, load='run.load("03_c")', step="ablations")
+    )
     assert run(toy, "ablations").returncode == 0
     (toy / "runs" / "cpu" / "task9_toy" / "01_a.txt").unlink()
     assert states(toy) == [True, True, True]
@@ -130,12 +146,17 @@ def test_half_a_result_is_stale_and_refused_as_input(toy):
     assert "01_a.json is cut short" in done.stderr and "make task9" in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--set", "scael_01_a=3"], ["unknown knob 'scael_01_a'", "did you mean 'scale_01_a'"]),
-    (["--set", "scale_01_a=much"], ["scale_01_a='much'", "expected a whole number"]),
-    (["--set", "scale_01_a=-3"], ["scale_01_a='-3'", "0 or more"]),
-    (["--set", "scale_01_a"], ["expected KNOB=VALUE"]), (["--profile", "cpuu"], ["unknown profile 'cpuu'", "smoke, cpu, gpu"]),
-    (["--run", "../x"], ["RUN='../x'"])])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "scael_01_a=3"], ["unknown knob 'scael_01_a'", "did you mean 'scale_01_a'"]),
+        (["--set", "scale_01_a=much"], ["scale_01_a='much'", "expected a whole number"]),
+        (["--set", "scale_01_a=-3"], ["scale_01_a='-3'", "0 or more"]),
+        (["--set", "scale_01_a"], ["expected KNOB=VALUE"]),
+        (["--profile", "cpuu"], ["unknown profile 'cpuu'", "smoke, cpu, gpu"]),
+        (["--run", "../x"], ["RUN='../x'"]),
+    ],
+)
 def test_mistyped_arguments_are_one_line(toy, arguments, words):
     done = run(toy, "01_a", *arguments)
     assert done.returncode != 0 and "Traceback" not in done.stderr
@@ -152,12 +173,27 @@ def test_knobs_of_another_task_are_no_error_and_change_nothing(toy):
 
 def test_two_processes_never_write_one_folder(toy):
     """The second is refused in one line that names the first, and may write as soon as that is killed."""
-    edit(toy / "task9_toy" / "01_a.py", "    pass", "    import time; print('working', flush=True); time.sleep(60)")
-    first = subprocess.Popen([sys.executable, "task9_toy/01_a.py"], cwd=toy, env=environment(toy), stdout=subprocess.PIPE, text=True)
+    edit(
+        toy / "task9_toy" / "01_a.py",
+        "    pass",
+        "    import time; print('working', flush=True); time.sleep(60)",
+    )
+    first = subprocess.Popen(
+        [sys.executable, "task9_toy/01_a.py"],
+        cwd=toy,
+        env=environment(toy),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     while "working" not in first.stdout.readline():
         assert first.poll() is None
     done = run(toy, "02_b")
-    assert done.returncode != 0 and "Traceback" not in done.stderr and f"process {first.pid}" in done.stderr and "RUN=" in done.stderr
+    assert (
+        done.returncode != 0
+        and "Traceback" not in done.stderr
+        and f"process {first.pid}" in done.stderr
+        and "RUN=" in done.stderr
+    )
     assert run(toy, "03_c", "--run", "other").stderr.count("is missing") == 1  # another run is free
     first.kill()
     first.wait()
@@ -170,8 +206,12 @@ def test_a_moved_hub_revision_is_stale_and_refused_as_input(toy, tmp_path, monke
     cache.mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     (cache / "main").write_text("a" * 40)
-    edit(toy / "task9_toy" / "task.py", "SHARED = 1", "SHARED = 1\n\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True)\n"
-         "class Config:\n    # one\n    model: str = 'owner/name'")
+    edit(
+        toy / "task9_toy" / "task.py",
+        "SHARED = 1",
+        "SHARED = 1\n\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True)\n"
+        "class Config:\n    # one\n    model: str = 'owner/name'",
+    )
     for step in ("01_a", "02_b", "03_c"):
         edit(toy / "task9_toy" / f"{step}.py", "class Config:", "class Config(task.Config):")
         assert run(toy, step).returncode == 0
@@ -186,20 +226,46 @@ def test_a_moved_hub_revision_is_stale_and_refused_as_input(toy, tmp_path, monke
 
 def test_the_remedy_repeats_the_arguments():
     path = results.ROOT / "results" / "mine" / "task1_decoder" / "01_data.json"
-    said = results.command(path, "gpu", {"model": "owner/name", "data": "my rows.csv", "lora_r": "8", "instruction": "Say it."})
-    assert said == """make task1 PROFILE=gpu RUN=mine MODEL=owner/name DATA='my rows.csv' SET="lora_r=8 'instruction=Say it.'\""""
+    said = results.command(
+        path, "gpu", {"model": "owner/name", "data": "my rows.csv", "lora_r": "8", "instruction": "Say it."}
+    )
+    assert (
+        said
+        == """make task1 PROFILE=gpu RUN=mine MODEL=owner/name DATA='my rows.csv' SET="lora_r=8 'instruction=Say it.'\""""
+    )
 
 
-@pytest.mark.parametrize(("arguments", "run_name"), [
-    ([], "cpu"), (["PROFILE=gpu"], "gpu"), (["MODEL=a/b"], "mine"), (["DATA=x.csv"], "mine"), (["SET=lora_r=8"], "mine"), (["RUN=r", "DATA=x"], "r")])
+@pytest.mark.parametrize(
+    ("arguments", "run_name"),
+    [
+        ([], "cpu"),
+        (["PROFILE=gpu"], "gpu"),
+        (["MODEL=a/b"], "mine"),
+        (["DATA=x.csv"], "mine"),
+        (["SET=lora_r=8"], "mine"),
+        (["RUN=r", "DATA=x"], "r"),
+    ],
+)
 def test_own_arguments_never_write_into_the_results_of_a_profile(arguments, run_name):
-    said = subprocess.run(["make", "-n", "task1", "PY=true", *arguments], cwd=results.ROOT, capture_output=True, text=True, check=False).stdout
+    said = subprocess.run(
+        ["make", "-n", "task1", "PY=true", *arguments],
+        cwd=results.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
     assert f" results/{run_name}/task1_decoder/01_data.json " in said and f"--run {run_name} " in said + " "
 
 
 def test_a_run_name_with_a_blank_is_one_line():
-    done = subprocess.run(["make", "task1", "RUN=my run"], cwd=results.ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and 'RUN="my run" is a folder name' in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = subprocess.run(
+        ["make", "task1", "RUN=my run"], cwd=results.ROOT, capture_output=True, text=True, check=False
+    )
+    assert (
+        done.returncode != 0
+        and 'RUN="my run" is a folder name' in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
 
 
 def test_a_script_imports_from_the_clone_it_lies_in(toy, tmp_path):
@@ -209,61 +275,87 @@ def test_a_script_imports_from_the_clone_it_lies_in(toy, tmp_path):
     (other / "common" / "__init__.py").write_text("raise ImportError('the other clone')")
     source = (results.ROOT / "task1_decoder" / "03_train.py").read_text()
     (toy / "task9_toy" / "01_a.py").write_text(
-        source[:source.index("from common import results")] + (toy / "task9_toy" / "01_a.py").read_text())
-    done = subprocess.run([sys.executable, str(toy / "task9_toy" / "01_a.py")], cwd=tmp_path, env=environment(other), capture_output=True,
-                          text=True, check=False)
+        source[: source.index("from common import results")] + (toy / "task9_toy" / "01_a.py").read_text()
+    )
+    done = subprocess.run(
+        [sys.executable, str(toy / "task9_toy" / "01_a.py")],
+        cwd=tmp_path,
+        env=environment(other),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_every_script_puts_its_own_clone_first():
-    for script in [*results.ROOT.glob("task*/0*.py"), *results.ROOT.glob("task*/ablations.py"), *results.ROOT.glob("bench/*.py")]:
+    for script in [
+        *results.ROOT.glob("task*/0*.py"),
+        *results.ROOT.glob("task*/ablations.py"),
+        *results.ROOT.glob("bench/*.py"),
+    ]:
         text = script.read_text(encoding="utf-8")
-        assert text.index("sys.path.insert(0, str(Path(__file__).resolve().parent.parent))") < text.index("from common"), script
+        assert text.index("sys.path.insert(0, str(Path(__file__).resolve().parent.parent))") < text.index(
+            "from common"
+        ), script
 
 
 def test_wrong_arguments_stop_make_before_the_step(toy):
-    done = subprocess.run([sys.executable, "-m", "common.results", "fresh", "results/cpu/task9_toy/01_a.json", "--set", "nothing=1"], cwd=toy,
-                          env=environment(toy), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "common.results",
+            "fresh",
+            "results/cpu/task9_toy/01_a.json",
+            "--set",
+            "nothing=1",
+        ],
+        cwd=toy,
+        env=environment(toy),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and "unknown knob 'nothing'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_write_survives_a_kill_with_the_old_file_whole(tmp_path):
-    """A process that rewrites a file for ever is killed eight times: the file is always one whole version."""
-    target = tmp_path / "result.json"
-    script = ("import json, itertools, pathlib\nfrom common import results\n"
-              f"for i in itertools.count(): results.write_atomic(pathlib.Path({str(target)!r}), json.dumps([i] * 50000))")
-    for _ in range(8):
-        child = subprocess.Popen([sys.executable, "-c", script], env=environment(results.ROOT))
-        while not target.exists():
-            time.sleep(0.01)
-        time.sleep(0.2)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert len(set(json.loads(target.read_text()))) == 1
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "disk full in 01_a"), (errno.EROFS, "may not write")]
+)
+def test_a_full_or_read_only_disk_is_one_line(toy, number, words):
+    edit(toy / "task9_toy" / "01_a.py", "    pass", f"    raise OSError({number}, 'no', 'runs/x')")
+    done = run(toy, "01_a")
+    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch):
-    target = tmp_path / "result.json"
-    results.write_atomic(target, "old")
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="disk full while writing"):
-        results.write_atomic(target, "new")
-    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+def test_what_cannot_be_written_whole_leaves_the_old_file(tmp_path):
+    results.write_atomic(tmp_path / "x.json", "old")
+    with pytest.raises(UnicodeEncodeError):
+        results.write_atomic(tmp_path / "x.json", "new \ud800")
+    assert (tmp_path / "x.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_knobs_reads_reasons_above_and_beside(tmp_path):
+def test_the_reason_of_a_knob_is_the_comment_above_it_and_beside_an_override(tmp_path):
     path = tmp_path / "x.py"
-    path.write_text('class Config:\n    # above, first line\n    # second line\n    a: int = 1\n    b: int = 2  # beside\n    c: int = 3\n'
-                    'PROFILES = {"gpu": dict(\n    a=4,  # bigger\n)}\n')
+    path.write_text(
+        "class Config:\n    # -- heading --\n    # above, first line\n    # second line\n    a: int = 1\n"
+        '    b: int = 3\nPROFILES = {"gpu": dict(\n    a=4,  # bigger\n    b=5,\n)}\n'
+    )
     knobs = results.knobs(path)
-    assert [knobs[k]["reason"] for k in "abc"] == ["above, first line second line", "beside", ""]
+    assert [knobs[k]["reason"] for k in "ab"] == ["above, first line second line", ""]
     assert knobs["a"]["profiles"]["gpu"] == {"value": "4", "reason": "bigger"}
+    assert knobs["b"]["profiles"]["gpu"] == {"value": "5", "reason": ""}
+
+
+def test_a_config_of_a_stored_result_is_a_real_one():
+    config = dataclasses.make_dataclass("Config", [("a", int, 1), ("b", str, "x")], frozen=True)
+    assert results.config_of(config, {"a": 5, "b": "y", "gone": 0}, b="z") == config(a=5, b="z")
 
 
 def test_nan_is_never_stored(toy):
     edit(toy / "task9_toy" / "01_a.py", '"value": run.cfg.scale_01_a', '"value": float("nan")')
     assert run(toy, "01_a").returncode != 0
-    assert json.loads((toy / "results" / "cpu" / "task9_toy" / "01_a.json").read_text())["rows"][0]["value"] == 0
+    assert (
+        json.loads((toy / "results" / "cpu" / "task9_toy" / "01_a.json").read_text())["rows"][0]["value"] == 0
+    )

@@ -31,7 +31,9 @@ def test_interval_of_a_normal_mean_matches_theory():
 
 
 def test_mcnemar_counts_only_the_discordant_items():
-    """6 gained, 1 lost, 5 unchanged: two-sided exact binomial p = 2 * (1 + 7) / 2^7 = 0.125; accuracy moves by 5/12."""
+    """6 gained, 1 lost, 5 unchanged: two-sided exact binomial p = 2 * (1 + 7) / 2^7 = 0.125; accuracy moves
+    by 5/12.
+    """
     before, after = [0] * 6 + [1] + [1] * 5, [1] * 6 + [0] + [1] * 5
     got = stats.mcnemar(before, after)
     assert got["p"] == pytest.approx(0.125)
@@ -39,7 +41,9 @@ def test_mcnemar_counts_only_the_discordant_items():
 
 
 def test_mcnemar_interval_agrees_with_its_p():
-    """4 lost of 100, none gained: p = 2 / 2^4 = 0.125, so 0 has to lie inside. Centre -4/102, half 1.96 sqrt(5 - 16/102) / 102."""
+    """4 lost of 100, none gained: p = 2 / 2^4 = 0.125, so 0 has to lie inside. Centre -4/102, half 1.96
+    sqrt(5 - 16/102) / 102.
+    """
     got = stats.mcnemar([1] * 4 + [0] * 96, [0] * 100)
     assert got["p"] == pytest.approx(0.125) and stats.verdict(got, True) == "no difference shown"
     assert (got["lo"], got["hi"]) == (pytest.approx(-0.08150, abs=1e-4), pytest.approx(0.00306, abs=1e-4))
@@ -55,9 +59,16 @@ def test_identical_arms_show_no_difference():
     assert delta["p"] == 1 and stats.verdict(delta, True) == "no difference shown"
 
 
-@pytest.mark.parametrize(("lo", "hi", "p", "higher", "word"), [
-    (0.1, 0.3, 0.01, True, "improved"), (0.1, 0.3, 0.01, False, "worse"), (-0.3, -0.1, 0.01, False, "improved"),
-    (-0.1, 0.2, 0.3, True, "no difference shown"), (0.002, 0.115, 0.07, True, "no difference shown")])
+@pytest.mark.parametrize(
+    ("lo", "hi", "p", "higher", "word"),
+    [
+        (0.1, 0.3, 0.01, True, "improved"),
+        (0.1, 0.3, 0.01, False, "worse"),
+        (-0.3, -0.1, 0.01, False, "improved"),
+        (-0.1, 0.2, 0.3, True, "no difference shown"),
+        (0.002, 0.115, 0.07, True, "no difference shown"),
+    ],
+)
 def test_verdict_needs_the_interval_and_the_p(lo, hi, p, higher, word):
     assert stats.verdict({"value": (lo + hi) / 2, "lo": lo, "hi": hi, "p": p}, higher) == word
 
@@ -66,3 +77,38 @@ def test_verdict_needs_the_interval_and_the_p(lo, hi, p, higher, word):
 def test_unusable_arms_raise(arms):
     with pytest.raises(ValueError):
         stats.paired_delta(*arms)
+
+
+NLL = stats.Metric("nll", "NLL per token (nats)", "nats", "tokens", better="lower")
+LONG = stats.Metric(
+    "long", "share of long answers", lambda item: item["tokens"] > 2, better="higher", binary=True
+)
+ITEMS = [{"id": i, "nats": float(i), "tokens": 1 + i % 4} for i in range(8)]
+
+
+def test_a_metric_gives_rows_deltas_label_and_verdict():
+    """28 nats over 20 tokens before, 8 nats less after; half of the items are long, none of them after."""
+    after = [item | {"nats": item["nats"] - 1, "tokens": item["tokens"]} for item in ITEMS]
+    nll, long = stats.rows_of("held-out", "base", ITEMS, [NLL, LONG], seed=3)
+    assert nll["value"] == pytest.approx(28 / 20) and nll["n"] == 8 and long["value"] == 0.5
+    assert (nll["table"], nll["name"], nll["label"], nll["seed"]) == ("held-out", "base", NLL.label, 3)
+    (delta,) = stats.delta_rows("held-out", "delta", ITEMS, after, [NLL])
+    assert delta["value"] == pytest.approx(-8 / 20)
+    assert (delta["verdict"], delta["better"]) == ("improved", "lower")
+    shorter = [item | {"tokens": 1} for item in ITEMS]
+    (delta,) = stats.delta_rows("held-out", "delta", ITEMS, shorter, [LONG])
+    assert delta["value"] == -0.5 and delta["p"] == pytest.approx(2 / 2**4)  # McNemar: 4 lost, none gained
+
+
+def test_a_metric_without_a_direction_has_no_verdict():
+    (row,) = stats.delta_rows("x", "delta", ITEMS, ITEMS, [stats.Metric("tokens", "tokens", "tokens")])
+    assert row["verdict"] is None and row["better"] is None
+
+
+def test_items_that_are_not_the_same_are_never_compared():
+    with pytest.raises(ValueError, match="not measured on the same items"):
+        stats.delta_rows("x", "delta", ITEMS, ITEMS[::-1], [NLL])
+
+
+def test_without_items_there_are_no_rows():
+    assert stats.rows_of("x", "base", [], [NLL]) == stats.delta_rows("x", "delta", [], [], [NLL]) == []
