@@ -92,8 +92,8 @@ def compute_name(asked: str = "auto") -> str:
         raise SystemExit(f"earlier steps of this run computed in {before}, this machine would in {name}: "
                          f"SET=compute={before}, or another RUN=")
     results.FACTS |= {"compute": name, "threads": torch.get_num_threads()}  # results.environment stores them
-    print(f"  compute={name} on {kind} ({'what it has in hardware' if asked == 'auto' else 'as asked'})",
-          flush=True)
+    reason = "what the hardware has" if asked == "auto" else "as asked"
+    print(f"  compute={name} on {kind} ({reason})", flush=True)
     return name
 
 
@@ -286,7 +286,7 @@ def attention(config) -> str | None:
 
 def load_encoder(name: str, precision: str, compute: str = "auto", double_quant: bool | None = None,
                  max_tokens: int | None = None, prompts: dict[str, str] | None = None):
-    """A SentenceTransformer in eval mode, on the accelerator if any; `precision` to `double_quant` as above.
+    """A SentenceTransformer in eval mode, on the accelerator if any; see `load_decoder` for the precision.
 
     The pooler stays out of the 4 bits: mean-pooled models never use it. `max_tokens` cuts longer texts;
     SystemExit if it is above what the model was made for. `prompts` replaces {"query": text, "document":
