@@ -238,6 +238,8 @@ def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: 
     expected = " or ".join("+".join(columns) for columns in alternatives)
     try:
         if path.suffix in READERS:
+            if not path.is_file():
+                raise ValueError("no such file")
             rows = READERS[path.suffix](path)
         elif hub.is_id(source):
             rows = read_hub(source)
@@ -253,9 +255,8 @@ def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: 
                 if not isinstance(row.get(column), str) or not row[column].strip():
                     raise ValueError(f"row {number}: {column!r} is {row.get(column)!r}, not a text")
         if len(rows) < minimum:
-            raise ValueError(f"{len(rows)} rows, the splits need {minimum}: add rows, or lower SET='{sizes}'")
-    except FileNotFoundError:
-        raise SystemExit(f"DATA={source}: no such file; expected columns {expected}") from None
+            remedy = f"add rows, or set {sizes} lower" if sizes else "add rows"
+            raise ValueError(f"{len(rows)} rows, the splits need at least {minimum}: {remedy}")
     except ValueError as err:  # pyarrow's among them
         said = " ".join(str(err).split())
         raise SystemExit(f"DATA={source}: {said}; expected columns {expected}") from None
@@ -268,8 +269,9 @@ def read_jsonl(path: Path) -> list[dict]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-                rows[-1].keys()
-            except (ValueError, AttributeError) as err:
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(type(rows[-1]).__name__)
+            except ValueError as err:
                 raise ValueError(f"line {number}: not a JSON object ({err})") from None
     return rows
 

@@ -304,9 +304,8 @@ def load_encoder(name: str, precision: str, compute: str = "auto", double_quant:
         raise SystemExit(f"max_tokens={max_tokens}: {name} reads at most {limit}; SET=max_tokens={limit}")
     model.max_seq_length = max_tokens or limit
     own = model.prompts  # "document" is empty in an older model, which says "passage" or "corpus"
-    texts = [own.get(word) for word in ("document", "passage", "corpus")]
-    model.prompts = {"query": own.get("query") or "", "document": next(filter(None, texts), "")}
-    model.prompts |= prompts or {}
+    document = own.get("document") or own.get("passage") or own.get("corpus") or ""
+    model.prompts = {"query": own.get("query") or "", "document": document, **(prompts or {})}
     model[0].model.name_or_path = public_name(name)[0]
     return keep_gradients(model).eval()
 

@@ -100,7 +100,7 @@ def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path):
     ("empty.jsonl", "", ["no rows", "prompt+completion or text"]),
     ("empty.csv", "text\n", ["no rows"]),
     ("wrong.jsonl", '{"question": "a", "answer": "b"}', ["row 1", "question, answer", "or text"]),
-    ("few.jsonl", LINES, ["3 rows", "need 10", "n_test"]),
+    ("few.jsonl", LINES, ["3 rows", "at least 10", "n_test=.. n_dev=.."]),
     ("broken.jsonl", LINES + "{oops\n", ["line 4", "not a JSON object"]),
     ("list.jsonl", "[1]\n", ["line 1", "not a JSON object"]),
     ("gap.jsonl", LINES + '{"prompt": "x", "completion": " "}', ["row 4", "'completion'"]),
