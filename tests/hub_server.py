@@ -100,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
         """A repository with its files, or ("tree") the list of all its files, inside folders too."""
         files = [{"type": "file", "path": path, "size": file.stat().st_size, "oid": hash_of(file)}
                  for path, file in files_of(folder).items()]
-        siblings = [{"rfilename": file["path"], "size": file["size"], "blobId": file["oid"]} for file in files]
+        siblings = [{"rfilename": file["path"], "size": file["size"], "blobId": file["oid"]}
+                    for file in files]
         described = {"_id": commit[:24], "id": name, "sha": commit, "private": False, "gated": False,
                      "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
         self.send(200, files if wish == "tree" else described)
