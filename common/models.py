@@ -301,7 +301,8 @@ def load_encoder(name: str, precision: str, compute: str = "auto", double_quant:
         "attn_implementation": "eager" if where.type == "cpu" else None})
     limit = model.max_seq_length
     if max_tokens and limit and max_tokens > limit:
-        raise SystemExit(f"max_tokens={max_tokens}: {name} reads at most {limit}; SET=max_tokens={limit}")
+        raise SystemExit(f"max_tokens={max_tokens}: {name} reads at most {limit} tokens; "
+                         f"SET=max_tokens={limit} or less")
     model.max_seq_length = max_tokens or limit
     own = model.prompts  # "document" is empty in an older model, which says "passage" or "corpus"
     document = own.get("document") or own.get("passage") or own.get("corpus") or ""
