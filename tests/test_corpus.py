@@ -1,8 +1,9 @@
-"""The corpus: what is kept, what counts as a duplicate, that nothing held out leaks, and that own data is checked at the door."""
+"""The corpus: what is kept, what counts as a duplicate or a leak. Own data: what is read, what is refused."""
 
 import csv
 import json
 
+import pyarrow.parquet
 import pytest
 
 from common import corpus
@@ -46,76 +47,75 @@ def test_only_documented_real_functions_are_kept_without_their_docstring():
 
 
 def test_near_duplicates_point_at_the_earlier_kept_one():
-    loop = "def f(items):\n" + "\n".join(f"    total_{i} = sum(value * {i} for value in items if value > {i})" for i in range(20))
-    renamed = loop.replace("def f", "def g").replace("total_7", "result_7")
+    lines = "\n".join(f"    total_{i} = sum(n * {i} for n in items if n > {i})" for i in range(20))
+    loop, renamed = f"def f(items):\n{lines}", f"def g(items):\n{lines.replace('total_7', 'result_7')}"
     other = "def h(path):\n    with open(path) as stream:\n        return stream.read().splitlines()"
     assert corpus.near_duplicates([loop, other, renamed]) == [None, None, 0]
 
 
 def test_planted_leaks_are_counted():
-    train = [{"summary": "Return the mean of a list.", "code": "def mean(values):\n    return sum(values) / len(values)"}]
+    train = [{"summary": "Return the mean of a list.",
+              "code": "def mean(values):\n    return sum(values) / len(values)"}]
     loop = "def average(xs):\n    s = 0\n    for x in xs:\n        s += x\n    return s / len(xs)"
     held_out = [{"summary": "return the MEAN of a list", "code": loop},
-                {"summary": "Average some numbers.", "code": "def average(values):\n    return sum(values) / len(values)"}]
+                {"summary": "Average some numbers.", "code": train[0]["code"].replace("mean", "average")}]
     assert corpus.leaks(train, held_out) == {"same_summary": 1, "same_body": 1, "near_duplicate": 1}
 
 
-def test_deduplicate_keeps_the_first_and_drops_told_summaries():
-    row = {"module": "m", "qualname": "f", "docstring": "", "summary": "Return the mean of values.", "code": "def f(v):\n    return sum(v) / len(v)"}
-    told = {**row, "summary": "Read the whole file now.", "code": "def g(p):\n    raise OSError('read the whole file now')"}
-    kept, counts = corpus.deduplicate([row, {**row, "summary": "return the mean of values"}, told])
-    assert kept == [row] and counts == {"parsed": 3, "same_summary": 1, "same_body": 0, "near_duplicate": 0, "summary_in_code": 1, "kept": 1}
+def test_deduplicate_keeps_the_first_and_drops_a_summary_that_the_code_repeats():
+    row = {"summary": "Return the mean of values.", "code": "def f(v):\n    return sum(v) / len(v)"}
+    leaked = {"summary": "Read the whole file now.",
+              "code": "def g(p):\n    raise OSError('read the whole file now')"}
+    kept, counts = corpus.deduplicate([row, {**row, "summary": "return the mean of values"}, leaked])
+    assert kept == [row]
+    assert counts == {"parsed": 3, "same_summary": 1, "same_body": 0, "near_duplicate": 0,
+                      "summary_in_code": 1, "kept": 1}
 
 
-def test_real_corpus_holds_out_whole_packages_and_shares_nothing():
-    rows, counts = corpus.load()
-    split = {name: [r for r in rows if r["split"] == name] for name in ("train", "dev", "test")}
-    assert {r["package"] for r in split["test"]} == {"networkx", "sklearn"}
-    assert {r["package"] for r in split["dev"]} == {"matplotlib"}
-    assert not {r["package"] for r in split["train"]} & {"networkx", "sklearn", "matplotlib"}
-    assert len(split["train"]) > 10_000 and counts["kept"] == len(rows) == len({r["id"] for r in rows})
-    assert set(corpus.leaks(split["train"], split["test"]).values()) == {0}
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def rows_of(n):
-    return "".join(json.dumps({"prompt": f"Question {i}?", "completion": f"Answer {i}."}) + "\n" for i in range(n))
-
+# ------------------------------------------------------------------------------------------------- own data
 
 COLUMNS = (("prompt", "completion"), ("text",))
+ROWS = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path):
-    import pandas
-    jsonl = write(tmp_path / "a.jsonl", rows_of(3))
-    table = corpus.read_table(jsonl, COLUMNS, 1)
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, ["prompt", "completion", "extra"])
+    """Texts stay texts: no NaN, no numbers, no line broken at a separator that is no line feed."""
+    table = [*ROWS, {"prompt": "NA", "completion": "007"},
+             {"prompt": "two\nlines\u2028here", "completion": 200_000 * '"'}]
+    more = [{**row, "extra": 1} for row in table]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in more)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8-sig", newline="")
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+        writer = csv.DictWriter(stream, more[0])
         writer.writeheader()
-        writer.writerows({**row, "extra": 1} for row in table)
-    pandas.DataFrame(table).to_parquet(tmp_path / "a.parquet")
-    assert table == corpus.read_table(str(tmp_path / "a.csv"), COLUMNS, 1) == corpus.read_table(str(tmp_path / "a.parquet"), COLUMNS, 1)
-    assert len(table) == 3
+        writer.writerows(more)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(more), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        assert corpus.read_table(str(tmp_path / name), COLUMNS, 1) == table, name
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("missing.jsonl", None, ["no such file"]), ("empty.jsonl", "", ["no rows", "prompt+completion or text"]),
-    ("wrong.jsonl", '{"question": "a", "answer": "b"}\n', ["row 1", "question, answer", "expected prompt+completion or text"]),
-    ("few.jsonl", rows_of(3), ["3 rows", "at least 10"]), ("broken.jsonl", rows_of(2) + "{oops\n", ["line 3", "not JSON"]),
-    ("gap.jsonl", rows_of(2) + '{"prompt": "x", "completion": " "}\n', ["row 3", "'completion'"]),
-    ("bytes.jsonl", rows_of(1).encode() + b'{"prompt": "caf\xe9", "completion": "x"}\n', ["line 2", "not UTF-8", "0xe9"]),
-    ("list.jsonl", "[1]\n", ["line 1", "expected a JSON object"]), ("bad.parquet", "not parquet", ["not a Parquet file"]),
-    ("odd.txt", "x", ["expected 'corpus', a .jsonl"])])
+    ("missing.jsonl", None, ["no such file"]),
+    ("empty.jsonl", "", ["no rows", "prompt+completion or text"]),
+    ("empty.csv", "text\n", ["no rows"]),
+    ("wrong.jsonl", '{"question": "a", "answer": "b"}', ["row 1", "question, answer", "or text"]),
+    ("few.jsonl", LINES, ["3 rows", "at least 10", "n_test=.. n_dev=.."]),
+    ("broken.jsonl", LINES + "{oops\n", ["line 4", "not a JSON object"]),
+    ("list.jsonl", "[1]\n", ["line 1", "not a JSON object"]),
+    ("gap.jsonl", LINES + '{"prompt": "x", "completion": " "}', ["row 4", "'completion'"]),
+    ("number.jsonl", LINES + '{"prompt": 5, "completion": "x"}', ["row 4", "'prompt' is 5"]),
+    ("bytes.jsonl", LINES.encode() + b'{"prompt": "caf\xe9"}\n', ["line 4", "not UTF-8", "0xe9"]),
+    ("gap.csv", "text,other\na,b\n,c\n", ["row 2", "'text' is ''"]),
+    ("comma.csv", "text\nfine\none, two\n", ["row 2", "[' two']"]),
+    ("bytes.csv", b"text\ncaf\xe9\n", ["line 2", "not UTF-8"]),
+    ("bad.parquet", "not parquet", ["not a parquet file"]),
+    ("odd.txt", "x", ["'corpus'", ".jsonl, .csv, .parquet", "hub id"])])
 def test_bad_data_is_one_line_with_file_and_row(tmp_path, name, content, words):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as stop:
         corpus.read_table(str(path), COLUMNS, 10)
-    assert "\n" not in str(stop.value)
-    for word in [name, *words]:
-        assert word in str(stop.value)
+    said = str(stop.value)
+    assert "\n" not in said and all(word in said for word in [f"DATA={path}", *words]), said
