@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from common import results
 
 TASKS = ("task1_decoder", "task2_encoder", "task3_tokenizer")
-ESCAPES = {character: f"&#{ord(character)};" for character in "&<>|*_`[]"} | {"\n": "<br>", "  ": "&nbsp; "}
+ESCAPES = {character: f"&#{ord(character)};" for character in "&<>|*`["} | {"\n": "<br>", "  ": "&nbsp; "}
 # verdict -> colour and marker: told apart on white paper, in grey and by colour-blind readers
 VERDICTS = {"improved": ("#0b4f8a", "o"), "worse": ("#d9480f", "X"), "no difference shown": ("#868e96", "d"),
             None: ("#212529", "|")}
@@ -57,7 +57,7 @@ def printed(value) -> Markup:
         return value
     if isinstance(value, dict):
         bounds = f" [{number(value['lo'])}, {number(value['hi'])}]" if value.get("lo") is not None else ""
-        return Markup(number(value["value"]) + bounds)
+        return printed(value["value"]) + Markup(bounds)
     if value is None or isinstance(value, int | float) and not isinstance(value, bool):
         return Markup(number(value))
     text = str(value)
@@ -68,7 +68,8 @@ def printed(value) -> Markup:
 
 def code(text: str, limit: int = 300) -> Markup:
     """Text of the data or of a model as code, cut at `limit` characters."""
-    return Markup(f"<code>{printed(text if len(text) <= limit else text[:limit] + ' ...')}</code>")
+    cut = str(printed(text if len(text) <= limit else text[:limit] + " ..."))
+    return Markup(f"<code>{cut.replace('_', '&#95;')}</code>")
 
 
 def label(row: dict) -> str:
