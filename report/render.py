@@ -12,7 +12,6 @@ the profile "smoke" are never read.
 
 from __future__ import annotations
 
-import ast
 import io
 import re
 import sys
@@ -25,7 +24,6 @@ from matplotlib.figure import Figure
 
 from common import results
 
-TASKS = ("task1_decoder", "task2_encoder", "task3_tokenizer")
 ESCAPES = {character: f"&#{ord(character)};" for character in "&<>|*`["} | {"\n": "<br>", "  ": "&nbsp; "}
 # verdict -> colour and marker: told apart on white paper, in grey and by colour-blind readers
 VERDICTS = {"improved": ("#0b4f8a", "o"), "worse": ("#d9480f", "X"), "no difference shown": ("#868e96", "d"),
@@ -58,7 +56,7 @@ def printed(value) -> Markup:
     if isinstance(value, dict):
         bounds = f" [{number(value['lo'])}, {number(value['hi'])}]" if value.get("lo") is not None else ""
         return printed(value["value"]) + Markup(bounds)
-    if value is None or isinstance(value, int | float) and not isinstance(value, bool):
+    if not isinstance(value, str | bool | jinja2.Undefined):
         return Markup(number(value))
     text = str(value)
     for old, new in ESCAPES.items():
@@ -99,8 +97,8 @@ def row(result: dict, **wanted):
 
 def like(result: dict, given: dict, **changes):
     """The row that differs from the given one in `changes` only."""
-    same = {key: given[key] for key in ("table", "name", "metric", "stage", "kind", "seed", "texts") if key in given}
-    return row(result, **same | changes)
+    keys = ("table", "name", "metric", "stage", "kind", "seed", "texts")
+    return row(result, **{key: given[key] for key in keys if key in given} | changes)
 
 
 class Report:
@@ -116,8 +114,8 @@ class Report:
     def shown(self, task: str, step: str, others: bool = True) -> list[dict]:
         """Results of a step: first of the run that a section shows (the first that reached 04), then of the
         other runs of the profile "gpu"."""
-        evaluated = [run for run, of, name in self.found if (of, name) == (task, "04_eval")]
-        of_step = {run: result for (run, of, name), result in self.found.items() if (of, name) == (task, step)}
+        evaluated = [key[0] for key in self.found if key[1:] == (task, "04_eval")]
+        of_step = {key[0]: result for key, result in self.found.items() if key[1:] == (task, step)}
         first = [of_step.pop(run) for run in evaluated[:1] if run in of_step]
         return first + [result for result in of_step.values() if others and result["profile"] == "gpu"]
 
@@ -129,12 +127,12 @@ class Report:
         """(script, [(knob, default, what the shown run used, reason)]) of the scripts of a task."""
         found = []
         for path in sorted((results.ROOT / task).glob("*.py"), key=lambda path: (path.stem != "task", path)):
-            used = self.shown(task, path.stem if path.stem != "task" else "04_eval", others=False)
-            config = used[0]["config"] if used else {}
-            knobs = [(name, knob["value"], repr(config[name]) if name in config else knob["value"], knob["reason"])
+            run = self.shown(task, path.stem if path.stem != "task" else "04_eval", others=False)
+            used = {name: repr(value) for result in run for name, value in result["config"].items()}
+            knobs = [(name, knob["value"], used.get(name, knob["value"]), knob["reason"])
                      for name, knob in results.knobs(path).items() if knob["value"]]
-            found.append((results.shown(path), knobs))
-        return [(script, knobs) for script, knobs in found if knobs]
+            found += [(results.shown(path), knobs)] if knobs else []
+        return found
 
     # -- figures: white ground, so that they can be read on dark pages ------------------------------------
 
@@ -147,8 +145,9 @@ class Report:
         places = list(enumerate(list(lines.values())[::-1]))
         for verdict, (colour, marker) in VERDICTS.items():
             own = [(y, row) for y, row in places if row.get("verdict") == verdict]
-            bars(axes, [row for _, row in own], "xerr", [row["value"] for _, row in own], [y for y, _ in own],
-                 fmt=marker, color=colour, label=verdict)
+            if own:
+                axes.errorbar([row["value"] for _, row in own], [y for y, _ in own], fmt=marker, color=colour,
+                              xerr=bars([row for _, row in own]), label=verdict)
         axes.set_xlabel(unit)
         axes.legend()
         return self.keep(figure, result, name, title)
@@ -161,9 +160,9 @@ class Report:
             for (legend, points), (colour, marker, line) in zip(series.items(), SERIES):
                 if isinstance(points, float):
                     axes.axhline(points, color=colour, ls=line, label=legend)
-                else:
-                    bars(axes, points, "yerr", [row[x] for row in points], [row["value"] for row in points],
-                         marker=marker, ls=line, color=colour, label=legend)
+                elif points:
+                    axes.errorbar([row[x] for row in points], [row["value"] for row in points], color=colour,
+                                  marker=marker, ls=line, yerr=bars(points), label=legend)
             axes.set(xlabel=x.replace("_", " "), ylabel=unit)
             axes.legend()
         return self.keep(figure, result, name, title)
@@ -177,13 +176,12 @@ class Report:
         return Markup(f"![{title}]({path.relative_to(self.root.parent).as_posix()})")
 
 
-def bars(axes, points: list[dict], direction: str, x: list, y: list, **style) -> None:
-    """Points (x, y), with bars where all of the rows `points` have intervals."""
-    limits = None
-    if points and all("lo" in row for row in points):
-        limits = [[row["value"] - row["lo"] for row in points], [row["hi"] - row["value"] for row in points]]
-    if points:
-        axes.errorbar(x, y, **{direction: limits}, **style)
+def bars(points: list[dict]) -> list[list[float]] | None:
+    """How far the intervals of rows reach below and above their values, if all have one."""
+    if all("lo" in row for row in points):
+        return [[max(0, row["value"] - row["lo"]) for row in points],
+                [max(0, row["hi"] - row["value"]) for row in points]]
+    return None
 
 
 # -- putting it together ---------------------------------------------------------------------------------
@@ -197,13 +195,19 @@ def render(root: Path) -> dict[Path, str]:
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                              finalize=printed, undefined=jinja2.StrictUndefined, trim_blocks=True,
                              lstrip_blocks=True)
-    env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "TASKS": TASKS, "found": report.found}
+    env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": report.found}
     env.globals |= {name: getattr(report, name)
                     for name in ("step", "shown", "stale", "choices", "forest", "curve")}
     env.filters |= {"number": number, "p": p_value, "code": code}
     with matplotlib.rc_context(STYLE):
         text = env.get_template("report.md.j2").render()
     return {root.parent / "report.md": re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", **report.figures}
+
+
+def outdated(root: Path) -> dict[Path, str]:
+    """The part of `render` that differs from the files there are."""
+    return {path: text for path, text in render(root).items()
+            if not path.exists() or path.read_text(encoding="utf-8") != text}
 
 
 def problems(root: Path) -> list[str]:
@@ -218,12 +222,7 @@ def problems(root: Path) -> list[str]:
         if reason := report.stale(key):
             remedy = results.command(path, result["profile"], result["settings"])
             found.append(f"{results.shown(path)} is stale ({reason}): {remedy}")
-    return found + [f"{results.shown(path)} is out of date: make report"
-                    for path, text in render(root).items() if not current(path, text)]
-
-
-def current(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text(encoding="utf-8") == text
+    return found + [f"{results.shown(path)} is out of date: make report" for path in outdated(root)]
 
 
 def main(argv: list[str]) -> int:
@@ -234,10 +233,9 @@ def main(argv: list[str]) -> int:
         return bool(wrong)
     if argv:
         raise SystemExit("usage: python -m report.render [check]")
-    for path, text in render(root).items():
-        if not current(path, text):
-            results.write_atomic(path, text)
-            print(f"wrote {results.shown(path)}")
+    for path, text in outdated(root).items():
+        results.write_atomic(path, text)
+        print(f"wrote {results.shown(path)}")
     return 0
 
 
