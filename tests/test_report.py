@@ -38,6 +38,17 @@ def test_all_committed_results_render_and_twice_alike():
     assert {path.name for path in first} == names
 
 
+@pytest.mark.parametrize("task", ["task1_decoder", "task2_encoder", "task3_tokenizer"])
+def test_what_the_smoke_pipeline_has_just_made_renders(task, tmp_path):
+    source = results.ROOT / "results" / "smoke" / task
+    if any(results.changed(source / f"{step}.json") for step in ("01_data", "02_baseline", "03_train", "04_eval")):
+        pytest.skip("no fresh smoke results: make smoke")
+    target = shutil.copytree(source, tmp_path / "results" / "smoke" / task)
+    for path in target.glob("*.json"):
+        change(path, list, profile="cpu")
+    assert f"- **{task}** " in text_of(tmp_path / "results")
+
+
 def test_tasks_without_results_are_said_not_to_have_run(folder):
     assert "- **task2_encoder** (encoder QLoRA): not run" in text_of(folder)
 
