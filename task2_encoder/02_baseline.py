@@ -38,8 +38,10 @@ def main(run):
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     searches = task.searches(test, cfg)
     pools = {name: searches[name] for name in ("pool", "full")}
-    items = {"random": {name: task.evaluate(pool, task.at_random(pool, cfg.seed)) for name, pool in pools.items()},
-             "BM25": {name: task.evaluate(pool, task.bm25(pool)) for name, pool in pools.items()}}
+    items = {
+        "random": {name: task.evaluate(pool, task.at_random(pool, cfg.seed)) for name, pool in pools.items()},
+        "BM25": {name: task.evaluate(pool, task.bm25(pool)) for name, pool in pools.items()},
+    }
 
     model, base = task.load_encoder(cfg), f"{models.label(cfg.precision)} base"
     size = models.size(model)
@@ -50,13 +52,12 @@ def main(run):
 
     sizes = {"parameters": size["parameters"], f"bytes_{cfg.precision}": size["bytes"],
              "bytes_fp32": models.size(model)["bytes"]}
-    rows = [{"table": "size", "name": "base", "metric": metric, "value": value} for metric, value in sizes.items()]
+    rows = [task.row("size", "base", metric, value) for metric, value in sizes.items()]
     for name, measured in items.items():
         rows += task.rows_of(measured, name, searches)
     results.write_atomic(run.folder / "items_base.json", json.dumps(items))
     run.save(rows, artifacts=["items_base.json"])
-    run.log(**{name.replace(" ", "_"): task.mean(measured["pool"]) for name, measured in items.items()},
-            documents=len(pools["pool"].documents))
+    run.log(**{name.replace(" ", "_"): task.mean_mrr(measured["pool"]) for name, measured in items.items()})
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ Writes  results/<run>/task2_encoder/03_train.json, runs/<run>/task2_encoder/{ada
 Needs   about 2 min and 4 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the
         last checkpoint
 
-On N GPUs, `torchrun --nproc_per_node N --` in place of `python` splits every batch among N processes and trains the
-same: without bf16 the losses of one and two processes agree to 1e-6 (measured on CPUs), with it to 0.003.
+On N GPUs, `torchrun --nproc_per_node N --` in place of `python` splits every batch among N processes and
+trains the same: without bf16 the losses of one and two processes agree to 1e-6 (measured on CPUs), with it to
+0.003.
 """
 
 import sys
@@ -22,6 +23,7 @@ if __name__ == "__main__":
 import shutil
 import time
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from datasets import Dataset
@@ -29,12 +31,12 @@ from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.util import cos_sim
+from torch.utils.data import BatchSampler
 from transformers import PrinterCallback
 
 from common import models, training
@@ -44,8 +46,8 @@ from task2_encoder import batches, task
 @dataclass(frozen=True)
 class Config(task.Config):
     # -- the frozen base: precision, double_quant and compute are in task.py --
-    # Dropout inside the frozen base while training. Off: no pair is seen twice in the CPU run, and drawing the
-    # masks took a third of a step on a CPU.
+    # Dropout inside the frozen base while training. Off: no pair is seen twice in the CPU run, and drawing
+    # the masks took a third of a step on a CPU.
     base_dropout: float = 0.0
 
     # -- the adapter --
@@ -53,8 +55,8 @@ class Config(task.Config):
     lora_r: int = 16
     # The update is scaled by alpha / r = 2, the common default. It acts like a learning rate: tune that one.
     lora_alpha: int = 32
-    # Nothing is seen twice in the CPU run, so there is nothing to overfit. 0.05 once the same pairs come back for
-    # several epochs.
+    # Nothing is seen twice in the CPU run, so there is nothing to overfit. 0.05 once the same pairs come back
+    # for several epochs.
     lora_dropout: float = 0.0
     # Every linear layer but the pooler, attention and MLP: the one choice the QLoRA paper found critical
     # (fig. 2). Or names separated by commas (BERT's are query,key,value,dense); a wrong one is answered with
@@ -62,12 +64,12 @@ class Config(task.Config):
     target_modules: str = "all-linear"
 
     # -- the optimiser; the scale of the loss is in task.py --
-    # Fifty times what full fine-tuning of such encoders takes (2e-5), because A x B starts at zero and the run is
-    # short. After 160 steps, MRR@10 among 1,500 dev functions was 0.620 at 5e-4, 0.629 at 1e-3 and 0.619 at 2e-3;
-    # one run each.
+    # Fifty times what full fine-tuning of such encoders takes (2e-5), because A x B starts at zero and the
+    # run is short. After 160 steps, MRR@10 among 1,500 dev functions was 0.620 at 5e-4, 0.629 at 1e-3 and
+    # 0.619 at 2e-3; one run each.
     learning_rate: float = 1e-3
-    # 96 x 32 = 3,072 of 18,310 pairs, 90 s on 2 cores. Runs of 144 and 160 steps had nearly all their gain on dev
-    # by step 48; what follows moves up and down by 0.01, the noise of 400 functions.
+    # 96 x 32 = 3,072 of 18,310 pairs, 90 s on 2 cores. Runs of 144 and 160 steps had nearly all their gain on
+    # dev by step 48; what follows moves up and down by 0.01, the noise of 400 functions.
     max_steps: int = 96
     # 31 negatives a pair. At the same number of pairs, 80 steps of 64 reached 0.624 where 160 of 32 reached
     # 0.629 (1,500 dev functions, one run each): no reason for more on a CPU. On a GPU use 128: small batches
@@ -81,8 +83,8 @@ class Config(task.Config):
     schedule: str = "cosine"
     # 5 % of the steps: Adam's statistics are unreliable in the first steps.
     warmup_steps: int = 5
-    # Norms run at 0.7-1.8 here, so 1.0, the library's default, trims most steps a little and caps the outliers.
-    # Untuned.
+    # Norms run at 0.7-1.8 here, so 1.0, the library's default, trims most steps a little and caps the
+    # outliers. Untuned.
     max_grad_norm: float = 1.0
     # The adapter starts as no change and sees no pair more than twice: nothing to shrink.
     weight_decay: float = 0.0
@@ -103,8 +105,8 @@ class Config(task.Config):
     log_every: int = 10
     # Processes that tokenise the next batches meanwhile. On a CPU they would take the cores that train.
     workers: int = 0
-    # Batches filled from one span of shuffled rows, which is sorted inside: similar lengths meet. 11 % of tokens
-    # are padding with this span, 29 % with 32; a longer one leaves less to chance.
+    # Batches filled from one span of shuffled rows, which is sorted inside: similar lengths meet. 11 % of
+    # tokens are padding with this span, 29 % with 32; a longer one leaves less to chance.
     bucket: int = 256
 
 
@@ -112,7 +114,7 @@ PROFILES = {
     "smoke": dict(max_steps=4, batch_size=8, eval_every=2, log_every=1, warmup_steps=1),
     "cpu": dict(),
     "gpu": dict(
-        max_steps=300,  # two epochs of about 18,000 pairs; in a run of four, dev rose by 0.01 from step 100 to 200
+        max_steps=300,  # two epochs of 18,000 pairs; in a run of four, dev rose by 0.01 from step 100 to 200
         batch_size=128,
         warmup_steps=15,
         lora_dropout=0.05,  # pairs come back
@@ -121,22 +123,20 @@ PROFILES = {
         workers=4,  # tokenising 256 texts takes 0.08 s, and a step took 0.25 s with it
     ),
 }
-SIDES = {"anchor": "query", "positive": "document"}  # column -> the prompt it gets
 
 
-# ------------------------------------------------------------------------------------------------ model and loss
+# ------------------------------------------------------------------------------------------ model and loss
 
 def load_model(cfg, method: str):
-    """The encoder that will train: "qlora" is LoRA over the base in the knob's `precision` (4 bits), "lora" over
-    the fp32 base, and "full" trains all weights of the fp32 base.
+    """The encoder that will train: "qlora" is LoRA over the base in the knob's `precision` (4 bits), "lora"
+    over the fp32 base, and "full" trains all weights of the fp32 base.
 
     SystemExit if the encoder has trained parts after its pooling, which the saved adapter would not carry.
     """
     model = task.load_encoder(cfg, cfg.precision if method == "qlora" else "fp32")
-    kinds = [type(module).__name__ for module in model]
-    if others := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise SystemExit(f"MODEL={cfg.model}: its {', '.join(others)} module is not covered by an adapter on the "
-                         "transformer; take an encoder of Transformer, Pooling and Normalize alone")
+    if others := {type(module).__name__ for module in model} - {"Transformer", "Pooling", "Normalize"}:
+        raise SystemExit(f"MODEL={cfg.model}: its {', '.join(others)} module is not covered by an adapter on "
+                         "the transformer; take an encoder of Transformer, Pooling and Normalize alone")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = cfg.base_dropout
@@ -146,15 +146,16 @@ def load_model(cfg, method: str):
         has_pooler = getattr(model.transformers_model, "pooler", None) is not None
         torch.manual_seed(cfg.seed)  # LoRA's A is drawn by add_adapter
         model.add_adapter(LoraConfig(
-            task_type="FEATURE_EXTRACTION", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
-            target_modules=models.lora_targets(model.transformers_model, cfg.target_modules, skip=("pooler",)),
-            exclude_modules=["pooler.dense"] if has_pooler else None, bias="none"))
-        for parameter in trained(model).values():  # in bf16 a step of 1e-4 on a weight of 0.05 would be rounded away
-            parameter.data = parameter.data.float()
+            task_type="FEATURE_EXTRACTION", r=cfg.lora_r, lora_alpha=cfg.lora_alpha,
+            lora_dropout=cfg.lora_dropout, bias="none",
+            target_modules=models.lora_targets(model.transformers_model, cfg.target_modules, ("pooler",)),
+            exclude_modules=["pooler.dense"] if has_pooler else None))
+        for parameter in trained(model).values():
+            parameter.data = parameter.data.float()  # bf16 rounds away a step of 1e-4 on a weight of 0.05
     return model
 
 
-def trained(model) -> dict[str, torch.nn.Parameter]:
+def trained(model) -> dict:
     """What training moves, by name: LoRA's matrices, or all weights."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -178,41 +179,21 @@ def cos_sim_fp32(a, b):
         return cos_sim(a.float(), b.float())
 
 
-# ------------------------------------------------------------------------------------------------ training
-
-class DevMRR(BaseEvaluator):
-    """MRR@10 of the dev package's queries, by which the weights that are kept are chosen."""
-
-    def __init__(self, dev: list[dict], batch_size: int):
-        super().__init__()
-        self.search, self.batch_size = task.retrieval(dev), batch_size
-
-    def __call__(self, model, output_path=None, epoch=-1, steps=-1) -> dict[str, float]:
-        vectors = task.embed_all(model, self.search, self.batch_size)
-        return {"mrr@10": task.mean(task.evaluate(self.search, task.by_cosine(self.search, vectors)))}
-
+# ------------------------------------------------------------------------------------------ training
 
 class Trainer(SentenceTransformerTrainer):
-    """The library's trainer with batches made beforehand, and checkpoints that hold what was trained.
+    """The library's trainer with checkpoints that hold what was trained.
 
-    The library would reload a checkpoint by rebuilding the model without its quantisation (sentence-transformers
-    6.2, base/trainer.py), which fails over a 4-bit base.
+    The library would reload a checkpoint by rebuilding the model without its quantisation
+    (sentence-transformers 6.2, base/trainer.py), which fails over a 4-bit base.
     """
-
-    def __init__(self, *args, order: list[list[int]], **kwargs):
-        self.order = order
-        super().__init__(*args, **kwargs)
-
-    def get_batch_sampler(self, dataset, **kwargs):
-        return batches.Scheduled(self.order)
 
     def add_model_card_callback(self, default_args_dict):
         pass  # its statistics of the data take longer than some runs
 
     def _save(self, output_dir=None, state_dict=None):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        weights = {name: parameter.detach().contiguous() for name, parameter in trained(self.model).items()}
-        save_file(weights, Path(output_dir) / "trained.safetensors")
+        save_file(trained(self.model), Path(output_dir) / "trained.safetensors")
 
     def _load_from_checkpoint(self, checkpoint_path):
         stored = load_file(Path(checkpoint_path) / "trained.safetensors")
@@ -220,51 +201,55 @@ class Trainer(SentenceTransformerTrainer):
             parameter.data.copy_(stored[name])
 
 
-def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: str, log, method: str = "qlora"):
+def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, method: str = "qlora"):
     """Train on `rows` and keep the weights of the evaluation with the best dev MRR@10 after step 0.
 
-    Returns (model in eval mode, training stats, the library's log history). `method` is as in `load_model`. The
-    same call resumes from the last checkpoint unless knobs, method or data (`data_hash`) changed; the caller
-    removes `checkpoints` once it has saved what it wants. SystemExit if there are fewer groups than rows in a
-    batch, and for what `rows_at_once` refuses.
+    Returns (model in eval mode, training stats, the library's log history). `method` is as in `load_model`.
+    The same call resumes from the last checkpoint unless knobs, method or data (`data_hash`) changed; the
+    caller removes `checkpoints` once it has saved what it wants.
     """
-    per_process, groups = training.per_process(cfg.batch_size), len({row["group"] for row in rows})
-    if groups < cfg.batch_size:
-        raise SystemExit(f"{groups} different groups to train on, a batch of {cfg.batch_size} rows needs as many: "
-                         f"SET=batch_size={max(2, groups // 2)}")
+    per_process = training.per_process(cfg.batch_size)
     if models.device().type == "cuda":
         torch.cuda.set_device(models.device())  # bitsandbytes quantises on the current one
     model = load_model(cfg, method)
 
-    limits = dict(truncation=True, max_length=model.max_seq_length)
-    lengths = [[len(ids) for ids in model.tokenizer([model.prompts[kind] + row[side] for row in rows], **limits).input_ids]
-               for side, kind in SIDES.items()]
-    order = batches.schedule(rows, list(zip(*lengths)), cfg)
-    longest = {kind: rows[of_side.index(max(of_side))][side] for (side, kind), of_side in zip(SIDES.items(), lengths)}
-    rows_at_once, predicted = batches.rows_at_once(model, cfg, longest, per_process, log)
+    lengths = batches.token_lengths(model, rows)
+    order = batches.schedule(rows, lengths, cfg)
+    rows_at_once, predicted = batches.rows_at_once(model, cfg, rows, lengths, per_process)
+    pairs = len(order) * cfg.batch_size
     stats = {"trainable_parameters": sum(parameter.numel() for parameter in trained(model).values()),
-             "trained_pairs": sum(map(len, order)), "epochs": sum(map(len, order)) / len(rows), "steps": len(order)}
+             "steps": len(order), "trained_pairs": pairs, "epochs": pairs / len(rows),
+             "rows_per_pass": rows_at_once, "predicted_total_bytes": predicted}
     log(method=method, rows=len(rows), **stats)
+
+    search = task.retrieval(dev)
+
+    def dev_mrr(model, *_) -> dict:
+        vectors = task.embed(model, search, cfg.eval_batch_size)
+        return {"mrr@10": task.mean_mrr(task.evaluate(search, task.by_cosine(search, vectors)))}
 
     last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
     eval_every = min(cfg.eval_every, cfg.max_steps)
     args = training.one_process(SentenceTransformerTrainingArguments(
-        output_dir=str(checkpoints), max_steps=cfg.max_steps, per_device_train_batch_size=per_process,
-        accelerator_config={"split_batches": True},  # each process takes its part of the same global batch
+        output_dir=str(checkpoints), max_steps=cfg.max_steps,
         learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps,
         max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay, optim=cfg.optimizer, seed=cfg.seed,
-        prompts={side: model.prompts[kind] for side, kind in SIDES.items()},
+        prompts={side: model.prompts[kind] for side, kind in task.SIDES.items()},
+        # every process takes its part of the same global batch
+        per_device_train_batch_size=per_process, accelerator_config={"split_batches": True},
+        batch_sampler=lambda *_, **__: BatchSampler(list(chain(*order)), cfg.batch_size, drop_last=True),
+        # the best and the last checkpoint are kept
         eval_strategy="steps", eval_steps=eval_every, eval_on_start=not last, metric_for_best_model="mrr@10",
-        save_steps=eval_every, save_total_limit=2,  # the best and the last
+        save_steps=eval_every, save_total_limit=2,
         logging_steps=cfg.log_every, dataloader_num_workers=cfg.workers, ddp_find_unused_parameters=False,
         **training.options(models.arithmetic(cfg.precision, cfg.compute))))
     trainer = Trainer(
-        model=model, args=args, order=order, evaluator=DevMRR(dev, cfg.eval_batch_size),
-        train_dataset=Dataset.from_dict({side: [row[side] for row in rows] for side in SIDES}),
+        model=model, args=args, evaluator=[dev_mrr],
+        train_dataset=Dataset.from_dict({side: [row[side] for row in rows] for side in task.SIDES}),
         loss=contrastive_loss(model, cfg.scale, rows_at_once if rows_at_once < per_process else None),
         callbacks=[training.Log(log, ("loss", "eval_mrr@10", "learning_rate", "grad_norm"))])
     trainer.remove_callback(PrinterCallback)
-    started, resident = time.time(), results.peak_memory()
+    started = time.time()
     with disable_input_dtype_casting(model):  # autocast would undo it at once: 12 % of a step on a CPU
         trainer.train(resume_from_checkpoint=last)
     seconds = time.time() - started
@@ -273,32 +258,26 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
     trainer._load_from_checkpoint(trainer.state.best_model_checkpoint)
 
     history = trainer.state.log_history
-    scores = [entry["eval_mrr@10"] for entry in history if "eval_mrr@10" in entry]
-    trained_lengths = [[(lengths[0][i], lengths[1][i]) for i in batch] for batch in order]
-    tokens = sum(sum(pair) for batch in trained_lengths for pair in batch)
-    padded = sum(len(batch) * sum(map(max, zip(*batch))) for batch in trained_lengths)
-    stats |= {"trained_tokens": tokens, "padding_share": 1 - tokens / padded, "processes": training.PROCESSES,
-              "kept_step": trainer.state.best_global_step, "dev_mrr_before": scores[0],
-              "dev_mrr_kept": trainer.state.best_metric, "dev_mrr_last": scores[-1], "rows_per_pass": rows_at_once,
-              **{f"predicted_{name}_bytes": value for name, value in predicted.items()},
-              "peak_bytes_before_training": resident, "measured_peak_bytes": results.peak_memory(),
+    mrr = [entry["eval_mrr@10"] for entry in history if "eval_mrr@10" in entry]
+    tokens = sum(sum(lengths[i]) for i in chain(*order))
+    stats |= {"trained_tokens": tokens, "processes": training.PROCESSES,
+              "kept_step": trainer.state.best_global_step, "dev_mrr_before": mrr[0],
+              "dev_mrr_kept": trainer.state.best_metric, "dev_mrr_last": mrr[-1],
+              "measured_peak_bytes": results.peak_memory(),
               "training_seconds": None if last else seconds,  # nobody knows those before a resumption
               "tokens_per_second": None if last else tokens / seconds}
     return model.eval(), stats, history
 
 
-# ------------------------------------------------------------------------------------------------ what is saved
+# ------------------------------------------------------------------------------------------ what is saved
 
-def save(model, cfg, folder: Path, texts: list[str]) -> dict[str, float]:
-    """Write `folder`/adapter (to open with its base, see `task.load_adapter`) and `folder`/merged (opens anywhere).
+def save(model, cfg, folder: Path, search: task.Retrieval) -> dict:
+    """Write `folder`/adapter (to open with its base, see `task.load_adapter`) and `folder`/merged (opens
+    anywhere).
 
-    Returns what reloading the adapter showed on `texts`; SystemExit if it does not reload exactly, or reloads as
-    the base: what nobody has reloaded is not saved.
+    Returns what reloading the adapter showed on the texts of `search`; SystemExit if it does not reload
+    exactly, or reloads as the base: what nobody has reloaded is not saved.
     """
-    def vectors(encoder):
-        found = task.embed(encoder, dict(enumerate(texts)), "document", cfg.eval_batch_size)
-        return torch.stack(list(found.values()))
-
     for name in ("adapter", "merged"):
         shutil.rmtree(folder / name, ignore_errors=True)
     config = model.transformers_model.peft_config["default"]
@@ -307,17 +286,17 @@ def save(model, cfg, folder: Path, texts: list[str]) -> dict[str, float]:
     config.base_model_name_or_path, config.revision = models.public_name(cfg.model)
     config.save_pretrained(folder / "adapter")
 
-    reloaded, base = vectors(task.load_adapter(folder / "adapter", cfg)), vectors(task.load_encoder(cfg))
-    difference, moved = float((reloaded - vectors(model)).abs().max()), float((reloaded - base).abs().max())
+    encoders = model, task.load_adapter(folder / "adapter", cfg), task.load_encoder(cfg)
+    ours, reloaded, base = (task.embed(encoder, search, cfg.eval_batch_size) for encoder in encoders)
+    difference, moved = task.largest_difference(ours, reloaded), task.largest_difference(reloaded, base)
     if difference != 0 or moved == 0:
-        raise SystemExit(f"{results.shown(folder / 'adapter')} reloads wrongly: embeddings differ by {difference}, "
-                         f"from the base's by {moved}")
+        raise SystemExit(f"{results.shown(folder / 'adapter')} reloads wrongly: embeddings differ by "
+                         f"{difference}, from the base's by {moved}")
 
     whole = task.load_adapter(folder / "adapter", cfg, "fp32")  # never merged into 4 bits, which would round
     whole[0].model = whole[0].model.merge_and_unload()
     whole.save_pretrained(str(folder / "merged"), create_model_card=False)
-    return {"reload_difference": difference, "reload_minus_base": moved,
-            "adapter_file_bytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size}
+    return {"reload_difference": difference, "reload_minus_base": moved}
 
 
 def main(run):
@@ -328,14 +307,13 @@ def main(run):
     training.finish()
     if not results.MAIN_PROCESS:
         return  # all have the same weights, and the first process saves them
-    stats |= save(model, cfg, run.folder, [row["positive"] for row in dev[:64]])
-    table = [{"table": "curve", "name": "tuned", "metric": metric, "step": entry["step"], "value": entry[metric]}
+    stats |= save(model, cfg, run.folder, task.retrieval(dev[:64]))
+    table = [task.row("curve", "tuned", metric, entry[metric], step=entry["step"])
              for entry in history for metric in ("loss", "eval_mrr@10") if metric in entry]
-    table += [{"table": "training", "name": "tuned", "metric": metric, "value": value}
-              for metric, value in stats.items()]
+    table += [task.row("training", "tuned", metric, value) for metric, value in stats.items()]
     run.save(table, artifacts=["adapter", "merged"], tokens_per_second=stats["tokens_per_second"])
     training.remove(checkpoints)
-    run.log(dev_mrr_before=stats["dev_mrr_before"], dev_mrr_kept=stats["dev_mrr_kept"], kept_step=stats["kept_step"])
+    run.log(**{name: stats[name] for name in ("dev_mrr_before", "dev_mrr_kept", "kept_step")})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
+from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -37,20 +39,20 @@ class Config(task.Config):
 PROFILES = {"smoke": dict(n_extremes=2), "cpu": dict(), "gpu": dict()}
 
 
-def slices(rows: list[dict], queries: dict[str, str]) -> dict[str, set[str]]:
-    """{slice name: query ids} of the pool: by length of the query (thirds, in words) and by package."""
-    packages = {row["id"]: row["package"] for row in rows if row["id"] in queries}
+def slices(rows: list, queries: dict) -> dict[str, set]:
+    """{"slice: " + name: query ids} of the pool: by length of the query (thirds, in words) and by package."""
+    packages = {row["id"]: row["package"] for row in rows}
     lengths = {query: len(text.split()) for query, text in queries.items()}
     low, high = np.quantile(list(lengths.values()), [1 / 3, 2 / 3]).astype(int).tolist()
-    named = {f"query up to {low} words": {q for q, n in lengths.items() if n <= low},
-             f"query of {low + 1}-{high} words": {q for q, n in lengths.items() if low < n <= high},
-             f"query above {high} words": {q for q, n in lengths.items() if n > high}}
-    for package in sorted(set(packages.values())):
-        named[f"package {package}"] = {q for q in queries if packages[q] == package}
-    return {name: members for name, members in named.items() if len(members) >= 2}
+    thirds = (f"query up to {low} words", f"query of {low + 1}-{high} words", f"query above {high} words")
+    members = {name: set() for name in thirds}
+    for query, length in lengths.items():
+        members[thirds[(length > low) + (length > high)]].add(query)
+        members.setdefault(f"package {packages[query]}", set()).add(query)
+    return {f"slice: {name}": own for name, own in members.items() if len(own) >= 2}
 
 
-def extremes(before: list[dict], after: list[dict], rows: list[dict], k: int) -> list[dict]:
+def extremes(before: list, after: list, rows: list, k: int) -> list:
     """The k queries whose reciprocal rank rose and fell most, as result rows with names and ranks only.
 
     Ties are broken by rank, then by id. A rank below task.DEPTH is None.
@@ -58,30 +60,27 @@ def extremes(before: list[dict], after: list[dict], rows: list[dict], k: int) ->
     names = {row["id"]: row["name"] for row in rows}
 
     def change(pair):
-        old, new = ((item["ranks"] or [task.DEPTH + 1])[0] for item in pair)
+        old, new = (item["rank"] or task.DEPTH + 1 for item in pair)
         return 1 / new - 1 / old, old - new, pair[0]["id"]
 
     order = sorted(zip(before, after), key=change)
-    return [{"table": "examples", "name": kind, "metric": "rank", "item": names[old["id"]], "id": old["id"],
-             "before": next(iter(old["ranks"]), None), "value": next(iter(new["ranks"]), None),
-             "first_before": names[old["ranked"][0]], "first_after": names[new["ranked"][0]]}
-            for kind, pairs in (("most improved", order[::-1][:k]), ("most harmed", order[:k])) for old, new in pairs]
+    return [task.row("examples", kind, "rank", new["rank"], before=old["rank"], id=old["id"],
+                     item=names[old["id"]], first_before=names[old["ranked"][0]],
+                     first_after=names[new["ranked"][0]])
+            for kind, pairs in (("most improved", order[::-1][:k]), ("most harmed", order[:k]))
+            for old, new in pairs]
 
 
-def examples_text(examples: list[dict], rows: list[dict]) -> str:
+def examples_text(examples: list, rows: list) -> str:
     """Full texts, for the reader's own machine only: they quote the installed packages."""
     by_id, text = {row["id"]: row for row in rows}, ["# The most improved and most harmed queries in full\n"]
     for example in examples:
         row = by_id[example["id"]]
-        text.append(f"## {example['name']}: {row['name']} (rank {example['before']} -> {example['value']})\n\n"
+        ranks = f"rank {example['before']} -> {example['value']}"
+        text.append(f"## {example['name']}: {row['name']} ({ranks})\n\n"
                     f"> {row['anchor']}\n\n```python\n{row['positive']}\n```\n\n"
                     f"- first before: {example['first_before']}\n- first after: {example['first_after']}\n")
     return "\n".join(text)
-
-
-def largest_difference(one: dict, other: dict) -> float:
-    """Largest difference between two embeddings of the pool, as from `task.embed_all`."""
-    return max(float((one[kind][i] - other[kind][i]).abs().max()) for kind in one for i in one[kind])
 
 
 def main(run):
@@ -95,32 +94,32 @@ def main(run):
     searches, before = task.searches(test, cfg), stored[base]
     after, vectors = task.measure(task.load_adapter(adapter, cfg), searches, cfg, test)
 
-    # before and after, on every search, on slices of the pool, and as features for topics
+    # before and after, on every search, as features for topics, and on slices of the pool
     rows = task.rows_of(before, "base", searches) + task.rows_of(after, "tuned", searches)
-    for name in searches:
-        rows += stats.delta_rows(name, "delta", before[name], after[name], task.METRICS)
+    deltas = {name: stats.delta_rows(name, "delta", before[name], after[name], task.metrics_of(name))
+              for name in after}
+    rows += chain(*deltas.values())
+    if "downstream" in after:
+        n, sizes = len(after["downstream"]), Counter(item["topic"] for item in after["downstream"])
+        rows += [task.row("downstream", "majority", "accuracy", max(sizes.values()) / n, n=n)]
     pool = searches["pool"]
     size = {"documents": len(pool.documents)}
     for name, members in slices(test, pool.queries).items():
         old, new = ([item for item in items["pool"] if item["id"] in members] for items in (before, after))
-        rows += stats.rows_of(f"slice: {name}", "base", old, [task.MRR], **size)
-        rows += stats.rows_of(f"slice: {name}", "tuned", new, [task.MRR], **size)
-        rows += stats.delta_rows(f"slice: {name}", "delta", old, new, [task.MRR])
-    if "downstream" in after:
-        old, new = before["downstream"], after["downstream"]
-        rows += stats.delta_rows("downstream", "delta", old["items"], new["items"], [task.ACCURACY])
-        rows += [{"table": "downstream", "name": "majority", "metric": "accuracy", "value": old["majority"],
-                  "n": len(old["items"])}]
+        for side, items in (("base", old), ("tuned", new)):
+            rows += stats.rows_of(name, side, items, [task.MRR], **size)
+        rows += stats.delta_rows(name, "delta", old, new, [task.MRR])
 
     # what was saved, as others open it: the adapter on the fp32 base, the merged model with the plain library
-    plain = SentenceTransformer(str(merged), device=str(models.device()), model_kwargs={"dtype": torch.float32})
+    fp32 = {"dtype": torch.float32}  # however it is stored
+    plain = SentenceTransformer(str(merged), device=str(models.device()), model_kwargs=fp32)
     opened = {"fp32 + adapter": task.load_adapter(adapter, cfg, "fp32"), "merged fp32": plain}
-    opened = {name: task.embed_all(model, pool, cfg.eval_batch_size) for name, model in opened.items()}
-    parity = {f"{name} against fp32 + adapter": largest_difference(opened["fp32 + adapter"], other)
+    opened = {name: task.embed(model, pool, cfg.eval_batch_size) for name, model in opened.items()}
+    parity = {f"{name} against fp32 + adapter": task.largest_difference(opened["fp32 + adapter"], other)
               for name, other in (("merged fp32", opened["merged fp32"]), (tuned, vectors))}
     if parity["merged fp32 against fp32 + adapter"] > 1e-5:
         raise SystemExit(f"{results.shown(merged)} is not base + adapter: embeddings differ by {parity}")
-    rows += [{"table": "parity", "name": name, "metric": "largest embedding difference", "value": value}
+    rows += [task.row("parity", name, "largest embedding difference", value)
              for name, value in parity.items()]
 
     # all systems side by side, with BM25 and its fusion with each encoder
@@ -137,8 +136,8 @@ def main(run):
     results.write_atomic(run.folder / "examples.md", examples_text(examples, test))
     results.write_atomic(run.folder / "items_tuned.json", json.dumps(after))
     run.save(rows + examples, artifacts=["items_tuned.json", "examples.md"])
-    delta = stats.delta_rows("pool", "delta", before["pool"], after["pool"], [task.MRR])[0]
-    run.log(delta_mrr=delta["value"], **{key: delta[key] for key in ("lo", "hi", "p", "n", "verdict")})
+    mrr = deltas["pool"][0]
+    run.log(delta_mrr=mrr["value"], **{key: mrr[key] for key in ("lo", "hi", "p", "n", "verdict")})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Question: which of the choices in 03 mattered, and would pairs that do not belong together have done as well?
+"""Question: which of the choices in 03 mattered, and would pairs that do not belong together have done as
+well?
 
-Every row is a training of its own with one thing changed, scored once on the queries of 04. Not numbered, because
-nothing depends on it; `make ablations` runs it. Interrupted, the same command goes on with the row it was at.
+Every row is a training of its own with one thing changed, scored once on the queries of 04. Not numbered,
+because nothing depends on it; `make ablations` runs it. Interrupted, the same command goes on with the row it
+was at.
 
 Reads   the knobs and data of 01-04 of the same run
 Writes  results/<run>/task2_encoder/ablations.json, runs/<run>/task2_encoder/ablations/
@@ -23,7 +25,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from common import models, stats, training
@@ -46,31 +48,32 @@ PROFILES = {
     "gpu": dict(),
 }
 CONTROL = "shuffled pairs"
-STATS = ("trainable_parameters", "dev_mrr_before", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps")
+FACTS = ("trainable_parameters", "dev_mrr_before", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps")
 
 
-def ablations(cfg) -> dict[str, tuple[str, dict]]:
-    """{name: (method of 03's `load_model`, knobs changed)} for a training with the knobs `cfg`."""
+def ablations(cfg) -> dict:
+    """{name: knobs of the training `cfg` changed, and perhaps the "method" of 03's `load_model`}."""
     doubled = {name: 2 * getattr(cfg, name) for name in ("max_steps", "eval_every", "warmup_steps")}
     return {
-        CONTROL: ("qlora", {}),
-        "LoRA on the fp32 base": ("lora", {}),
+        CONTROL: {},
+        "LoRA on the fp32 base": {"method": "lora"},
         # a tenth of LoRA's on a CPU, a fifth on a GPU; 2e-5 is usual for longer runs
-        "full fine-tune, lr 1e-4": ("full", {"learning_rate": 1e-4}),
-        "batches across packages": ("qlora", {"same_package": False}),
-        "rank 4": ("qlora", {"lora_r": 4, "lora_alpha": 8}),
-        "lr 1e-4": ("qlora", {"learning_rate": 1e-4}),
-        "lr 2e-4": ("qlora", {"learning_rate": 2e-4}),
-        "lr 5e-4": ("qlora", {"learning_rate": 5e-4}),
-        "lr 1e-3": ("qlora", {"learning_rate": 1e-3}),
-        "half the batch, twice the steps": ("qlora", {"batch_size": max(1, cfg.batch_size // 2), **doubled}),
-        "seed 1": ("qlora", {"seed": 1}),
-        "seed 2": ("qlora", {"seed": 2}),
+        "full fine-tune, lr 1e-4": {"method": "full", "learning_rate": 1e-4},
+        "batches across packages": {"same_package": False},
+        "rank 4": {"lora_r": 4, "lora_alpha": 8},
+        "lr 1e-4": {"learning_rate": 1e-4},
+        "lr 2e-4": {"learning_rate": 2e-4},
+        "lr 5e-4": {"learning_rate": 5e-4},
+        "lr 1e-3": {"learning_rate": 1e-3},
+        "half the batch, twice the steps": {"batch_size": cfg.batch_size // 2, **doubled},
+        "seed 1": {"seed": 1},
+        "seed 2": {"seed": 2},
     }
 
 
-def shuffled(rows: list[dict], seed: int) -> list[dict]:
-    """Every anchor with the positive of another row of its package: the same texts, but no pair belongs together."""
+def shuffled(rows: list, seed: int) -> list:
+    """Every anchor with the positive of another row of its package: the same texts, but no pair belongs
+    together."""
     rng, members = random.Random(seed), defaultdict(list)
     for i, row in enumerate(rows):
         members[row["package"]].append(i)
@@ -81,50 +84,45 @@ def shuffled(rows: list[dict], seed: int) -> list[dict]:
     return mixed
 
 
-def train_row(folder: Path, cfg, method: str, data_hash: str, rows: list[dict], dev: list[dict], pool) -> dict:
-    """{"items": per query on the pool, "stats": of the training}."""
-    checkpoints = folder / "checkpoints"
-    model, trained, _ = step.train(cfg, rows, dev, checkpoints, data_hash, lambda **values: None, method)
-    items = task.evaluate(pool, task.by_cosine(pool, task.embed_all(model, pool, cfg.eval_batch_size)))
-    training.remove(checkpoints)
-    return {"items": items, "stats": trained}
-
-
 def main(run):
-    if training.PROCESSES > 1:
-        raise SystemExit(f"ablations take one process, not {training.PROCESSES}: start them without torchrun")
     data, trained = run.load("01_data"), run.load("03_train")
     run.load("04_eval")
-    rows, dev, test = (results.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev", "test"))
+    rows, dev, test = (results.read_rows(run.artifact("01_data", f"{split}.jsonl"))
+                       for split in ("train", "dev", "test"))
     pool, data_hash = task.searches(test, run.cfg)["pool"], results.result_hash(data)
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     base = stored[f"{models.label(run.cfg.precision)} base"]["pool"]
     tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["pool"]
-
     as_trained = results.config_of(step.Config, trained["config"])
-    possible = ablations(as_trained)
-    done = {"as in 03": {"items": tuned, "stats": {row["metric"]: row["value"] for row in trained["rows"]
-                                                   if row["table"] == "training"}}}
+    kept = {row["metric"]: row["value"] for row in trained["rows"] if row["table"] == "training"}
+
+    def train_row(folder, cfg, method, pairs):
+        place = folder / "checkpoints"
+        model, facts, _ = step.train(cfg, pairs, dev, place, data_hash, lambda **_: None, method)
+        vectors = task.embed(model, pool, cfg.eval_batch_size)
+        training.remove(place)
+        return {"items": task.evaluate(pool, task.by_cosine(pool, vectors)), "facts": facts}
+
+    done, possible = {"as in 03": {"items": tuned, "facts": kept}}, ablations(as_trained)
     for name in results.chosen(run.cfg.only, list(possible)):
-        method, changes = possible[name]
-        cfg = results.config_of(step.Config, trained["config"], **changes)
+        method = possible[name].pop("method", "qlora")
+        cfg = replace(as_trained, **possible[name])
+        folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
         if cfg == as_trained and method == "qlora" and name != CONTROL:
             continue  # that is what 03 trained
-        folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
         pairs = shuffled(rows, cfg.seed) if name == CONTROL else rows
-        make = partial(train_row, folder, cfg, method, data_hash, pairs, dev, pool)
-        done[name] = results.cached(folder / "row.json", [asdict(cfg), method, data_hash], make)
-        run.log(row=name.replace(" ", "_"), dev_mrr=done[name]["stats"]["dev_mrr_kept"],
-                test_mrr=task.mean(done[name]["items"]))
+        done[name] = results.cached(folder / "row.json", [asdict(cfg), method, data_hash],
+                                    partial(train_row, folder, cfg, method, pairs))
+        run.log(row=name.replace(" ", "_"), test_mrr=task.mean_mrr(done[name]["items"]))
 
     table = []
     for name, row in done.items():
-        table += stats.rows_of("ablation", name, row["items"], [task.MRR, task.NDCG], documents=len(pool.documents))
+        table += stats.rows_of("ablation", name, row["items"], (task.MRR, task.NDCG),
+                               documents=len(pool.documents))
         table += stats.delta_rows("ablation minus base", name, base, row["items"], [task.MRR])
         if name != "as in 03":
             table += stats.delta_rows("ablation minus 03", name, tuned, row["items"], [task.MRR])
-        table += [{"table": "ablation facts", "name": name, "metric": metric, "value": row["stats"][metric]}
-                  for metric in STATS]
+        table += [task.row("ablation facts", name, fact, row["facts"][fact]) for fact in FACTS]
     run.save(table)
 
 

