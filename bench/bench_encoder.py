@@ -25,7 +25,6 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.sampler import BatchSamplers
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import PrinterCallback
 
 from common import models, results, training
@@ -34,7 +33,7 @@ step = importlib.import_module("task2_encoder.03_train")
 STEPS = 12  # of each training
 
 
-def stock(cfg, rows: list, folder: Path) -> float:
+def stock(cfg, rows, folder):
     """Seconds for the steps with the library's defaults."""
     model = SentenceTransformer(models.resolve(cfg.model), device=str(models.device()), model_kwargs={
         "quantization_config": models.nf4(cfg.compute, cfg.double_quant, skip=["pooler"])})
@@ -47,8 +46,7 @@ def stock(cfg, rows: list, folder: Path) -> float:
     trainer = SentenceTransformerTrainer(
         model=model,
         train_dataset=Dataset.from_list(rows).select_columns(["anchor", "positive"]),
-        loss=MultipleNegativesRankingLoss(model, scale=cfg.scale, partition_mode="per_direction",
-                                          directions=("query_to_doc", "doc_to_query")),
+        loss=step.contrastive_loss(model, cfg.scale),
         args=SentenceTransformerTrainingArguments(
             output_dir=str(folder), per_device_train_batch_size=cfg.batch_size, max_steps=cfg.max_steps,
             learning_rate=cfg.learning_rate, batch_sampler=BatchSamplers.NO_DUPLICATES, save_strategy="no",
@@ -59,7 +57,7 @@ def stock(cfg, rows: list, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
+def main():
     stored = results.read(results.ROOT / "results" / "cpu" / "task2_encoder" / "03_train.json")
     cfg = results.config_of(step.Config, stored["config"], max_steps=STEPS, eval_every=STEPS, warmup_steps=1)
     folder = results.ROOT / "runs" / "cpu" / "task2_encoder"
