@@ -213,6 +213,8 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
         torch.cuda.set_device(models.device())  # bitsandbytes quantises on the current one
     model = load_model(cfg, method)
 
+    # before `rows_at_once`, which needs the process group that this starts
+    last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
     lengths = batches.token_lengths(model, rows)
     order = batches.schedule(rows, lengths, cfg)
     rows_at_once, predicted = batches.rows_at_once(model, cfg, rows, lengths, per_process)
@@ -228,7 +230,6 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
         vectors = task.embed(model, search, cfg.eval_batch_size)
         return {"mrr@10": task.mean_mrr(task.evaluate(search, task.by_cosine(search, vectors)))}
 
-    last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
     eval_every = min(cfg.eval_every, cfg.max_steps)
     args = training.one_process(SentenceTransformerTrainingArguments(
         output_dir=str(checkpoints), max_steps=cfg.max_steps,

@@ -98,7 +98,7 @@ def randomised(cfg):
 SOME = task.retrieval(rows(6))
 
 
-# ------------------------------------------------------------------------------------------ against the plain model
+# ------------------------------------------------------------------------------------------ plain model
 
 def plain(name, folder, texts, prompt):
     """Unit vectors by transformers alone: hidden states of prompt + text, pooled and normalised by hand."""
@@ -145,9 +145,10 @@ def test_every_architecture_is_trained_in_4_bits_and_saved(name, folders, tmp_pa
     assert shown["reload_difference"] == 0 < shown["reload_minus_base"]
     adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert set(adapter["target_modules"]) == {layer.rsplit(".", 1)[-1] for layer in linear}
+    expected = {"query": prompts.get("query", ""), "document": prompts.get("passage", "")}
     for part in ("adapter", "merged"):
         stored = json.loads((tmp_path / part / "config_sentence_transformers.json").read_text())
-        assert stored["prompts"] == {"query": prompts.get("query", ""), "document": prompts.get("passage", "")}
+        assert stored["prompts"] == expected
 
 
 def test_prompts_of_the_knobs_replace_the_model_s_own(folders):
@@ -336,7 +337,8 @@ def test_interrupted_training_resumes_to_the_same_weights(uninterrupted, tmp_pat
     assert curve(same, *metrics) == pytest.approx(curve(history, *metrics), abs=1e-6)
     assert len(curve(history, "eval_mrr@10")) == 4
     assert resumed["kept_step"] == facts["kept_step"] and same_weights(model, again)
-    assert facts["training_seconds"] > 0 and resumed["training_seconds"] is resumed["tokens_per_second"] is None
+    for name in ("training_seconds", "tokens_per_second"):
+        assert facts[name] > 0 and resumed[name] is None
 
 
 def test_complete_training_goes_on_to_its_result(uninterrupted):
@@ -345,7 +347,7 @@ def test_complete_training_goes_on_to_its_result(uninterrupted):
     again, other, same = train(cfg, folder)
     metrics = ("loss", "eval_mrr@10")
     assert same_weights(model, again) and curve(same, *metrics) == curve(history, *metrics)
-    steady = facts.keys() - {"training_seconds", "tokens_per_second", "measured_peak_bytes", "predicted_total_bytes"}
+    steady = [name for name in facts if "bytes" not in name and "second" not in name]
     assert {name: facts[name] for name in steady} == {name: other[name] for name in steady}
 
 

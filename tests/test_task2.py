@@ -115,8 +115,8 @@ def test_bm25_compares_stems_and_no_stop_words():
 
 
 def test_own_name_is_masked_everywhere_in_its_function():
-    row = {"name": "m.Tree.depth", "positive": "def depth(n):\n    return 1 + depth(n.left) if n else in_depth"}
-    masked = task.masked([row])[0]["positive"]
+    code = "def depth(n):\n    return 1 + depth(n.left) if n else in_depth"
+    masked = task.masked([{"name": "m.Tree.depth", "positive": code}])[0]["positive"]
     assert masked == "def f(n):\n    return 1 + f(n.left) if n else in_depth"
 
 
@@ -130,8 +130,8 @@ def pairs_of(*texts):
 @pytest.mark.parametrize("texts", [
     (("Return the mean.", "def f(x): return 1"), ("return the MEAN", "def g(x): return 2"),
      ("Another text", "def h(x): return 2"), ("Unrelated", "def k(x): return 3")),
-    (("Среднее значение списка", "x = 1"), ("среднее ЗНАЧЕНИЕ списка", "y = 2"), ("ещё текст", "y  =  2"),
-     ("совсем другое", "z = 3"))])
+    (("Среднее значение списка", "x = 1"), ("среднее ЗНАЧЕНИЕ списка", "y = 2"),
+     ("ещё текст", "y  =  2"), ("совсем другое", "z = 3"))])
 def test_equal_anchors_or_bodies_are_one_group_also_through_others(texts):
     groups = [row["group"] for row in data.group(pairs_of(*texts))]
     assert groups[0] == groups[1] == groups[2] != groups[3]
@@ -256,7 +256,8 @@ def test_every_topic_is_known_in_every_fold():
 # ------------------------------------------------------------------------------------------ batches
 
 def knobs(**changes):
-    return SimpleNamespace(**dict(max_steps=30, batch_size=8, bucket=25, same_package=False, seed=0) | changes)
+    own = dict(max_steps=30, batch_size=8, bucket=25, same_package=False, seed=0)
+    return SimpleNamespace(**own | changes)
 
 
 def test_no_group_stands_twice_in_a_batch_and_batches_are_alike_in_length():
