@@ -166,9 +166,6 @@ def general_rows(n: int) -> list:
     return rows[:n or None]
 
 
-# ------------------------------------------------------------------------------------------ rankings
-# Each returns one {document id: score} per query, in the order of the queries.
-
 @torch.inference_mode()
 def embed(model, search: Retrieval, batch_size: int) -> dict[str, dict]:
     """{"query": {id: vector}, "document": {id: vector}}, unit vectors (dimensions,) in fp32 on the CPU."""
@@ -180,6 +177,9 @@ def embed(model, search: Retrieval, batch_size: int) -> dict[str, dict]:
         vectors[kind] = dict(zip(texts, torch.nn.functional.normalize(raw.float(), dim=1).cpu()))
     return vectors
 
+
+# ------------------------------------------------------------------------------------------ rankings
+# Each returns one {document id: score} per query, in the order of the queries.
 
 def by_cosine(search: Retrieval, vectors: dict) -> list:
     """The DEPTH documents nearest to each query, by vectors as from `embed` of these texts or of more."""
