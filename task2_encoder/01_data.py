@@ -15,24 +15,26 @@ from common import results
 if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
-import json
 import random
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
 from common import corpus
-from task2_encoder import pairs, task
+from common.corpus import body_key, normalise
+from task2_encoder import task
 
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # Held-out documents whose queries are asked, against each other. 1,000 is what CodeSearchNet-style tables use (one right among
-    # 999), and puts the 95 % interval of a change in MRR@10 at about +-0.02.
+    # Held-out documents whose queries are asked, against each other. 1,000 is what CodeSearchNet-style tables
+    # use (one right among 999), and puts the 95 % interval of a change in MRR@10 at about +-0.02.
     n_pool: int = 1000
-    # More held-out documents: distractors of the full pool, and data for the downstream task. 0 = all of networkx and scikit-learn.
+    # More held-out documents: distractors of the full pool, and data for the topic probe. 0 = all of networkx
+    # and scikit-learn.
     n_more: int = 0
-    # Documents of the package that picks the adapter; 400 cost 5 s a look, and several looks are wanted.
+    # Documents of the package that picks the adapter; 400 cost 5 s an evaluation, and several are wanted.
     n_dev: int = 400
     # Documents kept for training, 0 = all. All: the CPU run draws what its steps need, without repeats.
     n_train: int = 0
@@ -40,89 +42,210 @@ class Config(task.Config):
 
 PROFILES = {
     "smoke": dict(
-        n_pool=60,  # enough for every code path
+        n_pool=60,
         n_more=400,  # enough that two topics have the 30 documents that task.topics wants
-        n_dev=24,  # enough for every code path
-        n_train=128,  # same
+        n_dev=24,
+        n_train=128,
     ),
     "cpu": dict(),
-    "gpu": dict(
-        n_dev=2000,  # a GPU embeds them in seconds
-    ),
+    "gpu": dict(n_dev=2000),
 }
+SPLITS = ("test", "dev", "train")  # a text that occurs in several belongs to the first of them
+# a pair of ours, so that it may be printed in full
+OURS = {"anchor": "Limit a value to the closed interval from low to high.",
+        "positive": "def clamp(value, low, high):\n    return max(low, min(value, high))"}
 
 
-def corpus_rows():
-    """Corpus functions as {id, anchor, positive, package, name, split}; duplicates are still in."""
-    return [{"id": r["id"], "anchor": r["summary"], "positive": r["code"], "package": r["package"], "split": r["split"],
-             "module": r["module"], "name": f"{r['module']}.{r['qualname']}"}
-            for r in corpus.load(deduplicated=False)[0]]
+# ------------------------------------------------------------------------------------------ rows
+
+def corpus_rows() -> list:
+    """Corpus functions as {id, anchor, positive, package, split, module, name}; duplicates are still in."""
+    return [{"id": row["id"], "anchor": row["summary"], "positive": row["code"], "package": row["package"],
+             "split": row["split"], "module": row["module"], "name": f"{row['module']}.{row['qualname']}"}
+            for row in corpus.load(deduplicated=False)[0]]
 
 
-def own_rows(run):
-    """DATA= pairs, checked, their groups dealt to the splits by seed."""
-    cfg = run.cfg
-    table = pairs.read_own(cfg.data, minimum=cfg.n_pool + cfg.n_dev + 64)
-    if Path(cfg.data).expanduser().is_file():
-        run.track(Path(cfg.data).expanduser().absolute())
-    rows = pairs.group([{"id": f"row{number:07}", "name": f"row {number}", "package": "own", **row} for number, row in enumerate(table, 1)])
-    test, rest = pairs.take(rows, cfg.n_pool, cfg.seed)
-    dev, train = pairs.take(rest, cfg.n_dev, cfg.seed)
-    return [row | {"split": split} for split, part in (("test", test), ("dev", dev), ("train", train)) for row in part]
+def own_rows(cfg) -> list:
+    """DATA= pairs, checked, whose groups are drawn into the splits by seed."""
+    pairs = read_own(cfg.data, minimum=cfg.n_pool + cfg.n_dev + 64)
+    rows = group([{"id": f"row{number:07}", "name": f"row {number}", "package": "own", **pair}
+                  for number, pair in enumerate(pairs, 1)])
+    test, rest = take(rows, cfg.n_pool, cfg.seed)
+    dev, train = take(rest, cfg.n_dev, cfg.seed)
+    return [row | {"split": split} for split, part in zip(SPLITS, (test, dev, train)) for row in part]
+
+
+def read_own(source: str, minimum: int) -> list:
+    """DATA= pairs {anchor, positive}. SystemExit with the row for what cannot train a search: what
+    corpus.read_table refuses, equal sides, one-word anchors."""
+    rows = corpus.read_table(source, (("anchor", "positive"),), minimum, "n_pool=.. n_dev=..")
+    for number, row in enumerate(rows, 1):
+        where, anchor = f"DATA={source} row {number}", row["anchor"]
+        if normalise(anchor) == normalise(row["positive"]):
+            raise SystemExit(f"{where}: anchor and positive are the same text ({anchor[:40]!r})")
+        if anchor.isascii() and len(anchor.split()) < 2:  # not every script puts spaces between words
+            raise SystemExit(f"{where}: the anchor is one word ({anchor[:40]!r}); a query needs two or more")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------ groups, filters
+
+def group(rows: list) -> list:
+    """Rows with `group`, equal for rows that share an anchor or a positive, directly or through others.
+
+    Within a group every document answers every query. Counting one of them as a negative would teach and
+    measure noise. (Union-find over normalised texts.)
+    """
+    parent = list(range(len(rows)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first = {}
+    for i, row in enumerate(rows):
+        for key in (("anchor", normalise(row["anchor"])), ("positive", body_key(row["positive"]))):
+            parent[root(i)] = root(first.setdefault(key, i))
+    return [row | {"group": rows[root(i)]["id"]} for i, row in enumerate(rows)]
+
+
+def clean(rows: list) -> tuple:
+    """Rows {id, anchor, positive, split} without what would leak, with `group`, and the counts of what was
+    dropped.
+
+    Dropped: pairs that repeat another, pairs whose anchor stands in the positive, rows whose group belongs to
+    an earlier split of SPLITS, and near-duplicates of an earlier document (Jaccard 0.8 of 5-token shingles).
+    """
+    rows, counts = sorted(rows, key=lambda row: SPLITS.index(row["split"])), {"pairs": len(rows)}
+
+    def keep(name, wanted):
+        nonlocal rows
+        before, rows = len(rows), [row for row in rows if wanted(row)]
+        counts[name] = before - len(rows)
+
+    first, owner = {}, {}
+    keep("repeated_pair", lambda row: row is first.setdefault(
+        (normalise(row["anchor"]), body_key(row["positive"])), row))
+    keep("anchor_in_positive", lambda row: not repeats_anchor(row))
+    rows = group(rows)
+    keep("group_in_earlier_split", lambda row: row["split"] == owner.setdefault(row["group"], row["split"]))
+    bodies = list(dict.fromkeys(body_key(row["positive"]) for row in rows))
+    twins = dict(zip(bodies, corpus.near_duplicates(bodies)))
+    keep("near_duplicate", lambda row: twins[body_key(row["positive"])] is None)
+    return rows, {**counts, "kept": len(rows), "groups": len({row["group"] for row in rows})}
+
+
+def repeats_anchor(row: dict) -> bool:
+    return normalise(row["anchor"]) in normalise(row["positive"])
+
+
+def take(rows: list, limit: int, seed: int) -> tuple:
+    """(rows of whole groups drawn by seed, at most `limit` documents or all for 0; the others)."""
+    members = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["id"]):  # independent of file order
+        members[row["group"]].append(row)
+    groups = list(members.values())
+    random.Random(seed).shuffle(groups)
+    taken, others, documents = [], [], 0
+    for own in groups:
+        size = len({body_key(row["positive"]) for row in own})
+        if limit and documents + size > limit:
+            others += own
+        else:
+            taken += own
+            documents += size
+    return taken, others
+
+
+# ------------------------------------------------------------------------------------------ leak gates
+
+def leaks(train: list, held_out: list) -> dict:
+    """Held-out rows that share an anchor, a positive, a near-duplicate or a group with training. All must be
+    0."""
+    as_code = ([{"summary": row["anchor"], "code": row["positive"]} for row in part]
+               for part in (train, held_out))
+    groups = {row["group"] for row in train}
+    return {**corpus.leaks(*as_code), "same_group": sum(row["group"] in groups for row in held_out)}
+
+
+def refuse_leaks(leaked: dict, repeated: int, bm25_mrr: float) -> None:
+    """SystemExit if a held-out text is in training, an anchor stands in its positive, or BM25 finds nearly
+    all."""
+    if any(leaked.values()):
+        raise SystemExit(f"training shares rows with a held-out split: {leaked}; nothing was written")
+    if repeated:
+        raise SystemExit(f"{repeated} positives still contain their anchor (a docstring left in the code?): "
+                         "a search would be copying")
+    if bm25_mrr > 0.95:
+        raise SystemExit(f"BM25 alone reaches MRR@10 {bm25_mrr:.3f} (limit 0.95): the anchors repeat their "
+                         "positives word for word, so an encoder has nothing to show; take the anchor's text "
+                         "out of them")
+
+
+# ------------------------------------------------------------------------------------------ result
+
+def token_rows(encoder, splits: dict) -> list:
+    """Percentiles of the lengths in tokens by split and side, and the share of texts that the model cuts."""
+    rows = []
+    for split, part in splits.items():
+        for side, kind in task.SIDES.items():
+            texts = [encoder.prompts[kind] + row[side] for row in part]
+            lengths = np.array([len(ids) for ids in encoder.tokenizer(texts, verbose=False).input_ids])
+            values = [*np.percentile(lengths, (50, 90, 99)), np.mean(lengths > encoder.max_seq_length)]
+            rows += [task.row("tokens", split, f"{side}_tokens_{name}", float(value), n=len(part))
+                     for name, value in zip(("p50", "p90", "p99", "cut_share"), values)]
+    return rows
 
 
 def main(run):
     cfg = run.cfg
-    encoder = task.load_encoder(cfg, "fp32")  # first: a wrong MODEL= is said before work
-    tokenizer = encoder.tokenizer
-    rows, counts = pairs.clean(corpus_rows() if cfg.data == "corpus" else own_rows(run))
-    splits = {s: [r for r in rows if r["split"] == s] for s in pairs.SPLITS}
-    asked, others = pairs.take(splits["test"], cfg.n_pool, cfg.seed)
-    rest = pairs.take(others, cfg.n_more, cfg.seed)[0]
-    splits["test"] = [r | {"pool": True} for r in asked] + [r | {"pool": False} for r in rest]
-    splits["dev"] = pairs.take(splits["dev"], cfg.n_dev, cfg.seed)[0]
-    splits["train"] = pairs.take(splits["train"], cfg.n_train, cfg.seed)[0]
+    encoder = task.load_encoder(cfg, "fp32")  # first, so that a wrong MODEL= is reported before the work
+    if Path(cfg.data).expanduser().is_file():
+        run.track(Path(cfg.data).expanduser().absolute())
+    rows, counts = clean(corpus_rows() if cfg.data == "corpus" else own_rows(cfg))
+
+    splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+    asked, others = take(splits["test"], cfg.n_pool, cfg.seed)
+    more = take(others, cfg.n_more, cfg.seed)[0]
+    splits["test"] = [row | {"pool": True} for row in asked] + [row | {"pool": False} for row in more]
+    splits["dev"] = take(splits["dev"], cfg.n_dev, cfg.seed)[0]
+    splits["train"] = take(splits["train"], cfg.n_train, cfg.seed)[0]
     random.Random(cfg.seed).shuffle(splits["train"])
     counts |= {split: len(part) for split, part in splits.items()}
-    for split, least in (("test", 20), ("dev", 20), ("train", 32)):
-        if counts[split] < least:
-            raise SystemExit(f"DATA={cfg.data}: {counts[split]} rows left for {split}, at least {least} needed ({counts}); add rows")
+    if min(counts[split] for split in SPLITS) < 20:
+        raise SystemExit(f"DATA={cfg.data}: every split needs at least 20 rows ({counts}); add rows")
 
-    leaks = pairs.leaks(splits["train"], splits["test"] + splits["dev"])
-    everything = [row for part in splits.values() for row in part]
-    repeated = sum(corpus.normalise(r["anchor"]) in corpus.normalise(r["positive"]) for r in everything)
-    asked = task.pool(splits["test"])
-    lexical = task.mean(task.evaluate(asked, hits=task.bm25(asked)), "mrr@10")
-    pairs.refuse_leaks(leaks, repeated, lexical)
+    held_out = splits["test"] + splits["dev"]
+    everything = splits["train"] + held_out
+    searches = task.searches(splits["test"], cfg)
+    pool = searches["pool"]
+    leaked, repeated = leaks(splits["train"], held_out), sum(map(repeats_anchor, everything))
+    bm25_mrr = task.mean_mrr(task.evaluate(pool, task.bm25(pool)))
+    refuse_leaks(leaked, repeated, bm25_mrr)
 
-    table = [{"table": "counts", "model": "all", "metric": k, "value": v} for k, v in counts.items()]
-    table += [{"table": "leaks", "model": "test and dev", "metric": k, "value": n, "n": counts["test"] + counts["dev"]} for k, n in leaks.items()]
-    table += [{"table": "leaks", "model": "all", "metric": "anchor_in_positive", "value": repeated,
-               "n": len(everything)},
-              {"table": "leaks", "model": "test", "metric": "bm25_mrr@10", "value": lexical, "n": len(asked.queries)}]
-    answers = np.array([len(relevant) for relevant in asked.relevant.values()])
-    table += [{"table": "pool", "model": "pool", "metric": "queries", "value": len(asked.queries)},
-              {"table": "pool", "model": "pool", "metric": "documents", "value": len(asked.documents)},
-              {"table": "pool", "model": "full", "metric": "documents", "value": len(task.full(splits["test"]).documents)},
-              {"table": "pool", "model": "pool", "metric": "right_answers_a_query", "value": float(answers.mean())},
-              {"table": "pool", "model": "pool", "metric": "queries_with_several", "value": int((answers > 1).sum())}]
-    for split, part in splits.items():
-        for side, kind in (("anchor", "query"), ("positive", "document")):
-            ids = tokenizer([encoder.prompts[kind] + r[side] for r in part], verbose=False).input_ids
-            lengths = np.array([len(text) for text in ids])
-            shown = {f"p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)}
-            shown["cut_share"] = float(np.mean(lengths > encoder.max_seq_length))
-            table += [{"table": "tokens", "model": split, "metric": f"{side}_tokens_{name}", "value": value,
-                       "n": len(part)} for name, value in shown.items()]
-    for side, text in zip(("anchor", "positive"), task.OURS):
-        table += [{"table": "example", "model": side, "position": i, "token": tokenizer.convert_ids_to_tokens(t), "id": t}
-                  for i, t in enumerate(tokenizer(text).input_ids)]
-        print(side, tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids))
+    answers = np.array([len(relevant) for relevant in pool.relevant.values()])
+    table = [task.row("counts", "all", name, value) for name, value in counts.items()]
+    table += [task.row("leaks", "test and dev", name, value, n=len(held_out))
+              for name, value in leaked.items()]
+    table += [task.row("leaks", "all", "anchor_in_positive", repeated, n=len(everything)),
+              task.row("leaks", "test", "bm25_mrr@10", bm25_mrr, n=len(pool.queries)),
+              task.row("pool", "pool", "queries", len(pool.queries)),
+              task.row("pool", "pool", "documents", len(pool.documents)),
+              task.row("pool", "full", "documents", len(searches["full"].documents)),
+              task.row("pool", "pool", "right_answers_a_query", float(answers.mean())),
+              task.row("pool", "pool", "queries_with_several", int((answers > 1).sum()))]
+    table += token_rows(encoder, splits)
+    for side, text in OURS.items():
+        ids = encoder.tokenizer(text).input_ids
+        table += [{"table": "example", "name": side, "position": i, "token": token, "id": ids[i]}
+                  for i, token in enumerate(encoder.tokenizer.convert_ids_to_tokens(ids))]
 
     for split, part in splits.items():
-        results.write_atomic(run.folder / f"{split}.jsonl", "".join(json.dumps(r) + "\n" for r in part))
+        results.write_rows(run.folder / f"{split}.jsonl", part)
     run.save(table, artifacts=["train.jsonl", "dev.jsonl", "test.jsonl"])
-    run.log(train=counts["train"], dev=counts["dev"], test=counts["test"], pool=len(asked.documents), bm25_mrr=lexical)
+    run.log(**{split: counts[split] for split in SPLITS}, pool=len(pool.documents), bm25_mrr=bm25_mrr)
 
 
 if __name__ == "__main__":

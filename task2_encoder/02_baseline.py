@@ -3,7 +3,7 @@
 A process of its own, in which no adapter exists.
 
 Reads   runs/<run>/task2_encoder/test.jsonl of 01
-Writes  results/<run>/task2_encoder/02_baseline.json, runs/<run>/task2_encoder/{items_base.json,vectors_base.safetensors}
+Writes  results/<run>/task2_encoder/02_baseline.json, runs/<run>/task2_encoder/items_base.json
 Needs   about 2 min and 2 GB on 2 cores
 """
 
@@ -19,8 +19,6 @@ if __name__ == "__main__":
 
 import json
 from dataclasses import dataclass
-
-from safetensors.torch import save_file
 
 from common import models
 from task2_encoder import task
@@ -38,27 +36,28 @@ def main(run):
     cfg = run.cfg
     run.load("01_data")
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
-    pools = {"pool": task.pool(test), "full": task.full(test)}
-    items = {"random": {name: task.evaluate(pool, hits=task.at_random(pool, cfg.seed)) for name, pool in pools.items()},
-             "BM25": {name: task.evaluate(pool, hits=task.bm25(pool)) for name, pool in pools.items()}}
+    searches = task.searches(test, cfg)
+    pools = {name: searches[name] for name in ("pool", "full")}
+    items = {
+        "random": {name: task.evaluate(pool, task.at_random(pool, cfg.seed)) for name, pool in pools.items()},
+        "BM25": {name: task.evaluate(pool, task.bm25(pool)) for name, pool in pools.items()},
+    }
 
     model, base = task.load_encoder(cfg), f"{models.label(cfg.precision)} base"
     size = models.size(model)
-    items[base], vectors = task.measure(model, run, test)
-    del model
+    items[base], _ = task.measure(model, searches, cfg, test)
     model = task.load_encoder(cfg, "fp32")
     if base != "fp32 base":
-        items["fp32 base"] = task.measure_pools(model, run, test)
+        items["fp32 base"], _ = task.measure(model, pools, cfg)
 
     sizes = {"parameters": size["parameters"], f"bytes_{cfg.precision}": size["bytes"],
              "bytes_fp32": models.size(model)["bytes"]}
-    rows = [{"table": "size", "model": "base", "metric": k, "value": v} for k, v in sizes.items()]
-    for model_name, tables in items.items():
-        rows += task.rows_of(tables, model_name, test, cfg.n_general)
+    rows = [task.row("size", "base", metric, value) for metric, value in sizes.items()]
+    for name, measured in items.items():
+        rows += task.rows_of(measured, name, searches)
     results.write_atomic(run.folder / "items_base.json", json.dumps(items))
-    save_file(vectors["document"], run.folder / "vectors_base.safetensors")
-    run.save(rows, artifacts=["items_base.json", "vectors_base.safetensors"])
-    run.log(**{name.replace(" ", "_"): task.mean(tables["pool"], "mrr@10") for name, tables in items.items()}, documents=len(pools["pool"].documents))
+    run.save(rows, artifacts=["items_base.json"])
+    run.log(**{name.replace(" ", "_"): task.mean_mrr(measured["pool"]) for name, measured in items.items()})
 
 
 if __name__ == "__main__":

