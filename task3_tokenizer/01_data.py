@@ -1,7 +1,7 @@
 """Question: which words does the vocabulary lack, and are there enough texts to teach and to test each of them?
 
 Reads   docstrings of the installed packages (or DATA=: JSONL/CSV/Parquet/hub id with `text`), and terms.csv beside this
-Writes  results/<run>/task3_tokenizer/01_data.json; under runs/<run>/task3_tokenizer/ terms.json, found.csv, tokenizer/
+Writes  results/<run>/task3_tokenizer/01_data.json; under runs/<run>/task3_tokenizer/ terms.json, tokenizer/
         (with the new words) and {train,dev,test}.jsonl
 Needs   about 30 s and 1 GB; 70 s if the corpus is not yet parsed
 """
@@ -16,8 +16,6 @@ from common import results
 if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the seconds that the next imports take
 
-import csv
-import io
 import json
 import random
 import shutil
@@ -152,8 +150,7 @@ def main(run):
     uses = [{"set": "term windows", **w} for w in windows.distinct(taught, uses, "term", cfg.n_uses)]
     others = windows.distinct(taught, others, "set", cfg.n_texts)
     leaks = sum(windows.near_copies(taught, uses)) + sum(windows.near_copies(taught, others))
-    if leaks:
-        raise SystemExit(f"{leaks} held-out windows repeat training: the gate in 01_data.py is broken")
+    assert not leaks, f"{leaks} held-out windows repeat training"
     sizes, n_uses = Counter(row["set"] for row in others), Counter(row["term"] for row in uses)
     others = [row for row in others if sizes[row["set"]] > 1]
     if few := [word for word in words if n_uses[word] < 2]:
@@ -163,31 +160,25 @@ def main(run):
         raise SystemExit("no dev document has a term: more texts, or a split column with dev in it")
 
     counts = {"documents": len(docs), **{f"{name}_documents": len(part) for name, part in split.items()},
-              "words_seen": len(terms.count(train)[0]), "candidates": len(candidates),
+              "candidates": len(candidates),
               "accepted": sum(r["rejected"] is None for r in candidates), "terms_taken": len(words),
               "new_entries": len(added), "training_windows": len(taught),
               "least_training_windows_of_a_term": min(n_train[word] for word in words), "held_out_uses": len(uses),
               "test_documents_without_a_term": len(without), "held_out_windows_near_training": leaks}
     table = [{"table": "counts", "name": "all", "metric": k, "value": v} for k, v in counts.items()]
-    table += [{"table": "candidates", "name": r["term"], "metric": "score", "value": r["score"], "keyness": r["keyness"],
-               "pieces": [tokenizer.convert_tokens_to_string([p]) for p in r["pieces"]], "documents": r["documents"],
-               "held_out_documents": r["held_out_documents"], "rejected": r["rejected"], "taken": r["term"] in words}
-              for r in candidates]
-    table += [{"table": "terms", "name": r["term"], "metric": "training_windows", "value": n_train[r["term"]],
-               "held_out_uses": n_uses[r["term"]], **{k: r[k] for k in terms.COLUMNS[1:]}} for r in chosen]
-
+    table += [{"table": "candidates", "name": r["term"], "metric": "score", "value": r["score"], **r,
+               "taken": r["term"] in words} for r in candidates]
+    table += [{"table": "terms", "name": r["term"], "metric": "training_windows", "value": n_train[r["term"]], **r,
+               "held_out_uses": n_uses[r["term"]]} for r in chosen]
     run.folder.mkdir(parents=True, exist_ok=True)
-    stream = io.StringIO()  # a list to edit: terms.csv was made of one
-    csv.writer(stream).writerows([terms.COLUMNS, *([r["term"], "", "", ""] for r in candidates if not r["rejected"])])
-    results.write_atomic(run.folder / "found.csv", stream.getvalue())
     results.write_atomic(run.folder / "terms.json", json.dumps({"terms": chosen, "added": added}, ensure_ascii=False))
     shutil.rmtree(run.folder / "tokenizer", ignore_errors=True)
     extended.save_pretrained(run.folder / "tokenizer")
     for name, rows in {"train": taught, "dev": dev, "test": uses + others}.items():
         results.write_rows(run.folder / f"{name}.jsonl", rows)
-    run.save(table, artifacts=["terms.json", "tokenizer", "found.csv", "train.jsonl", "dev.jsonl", "test.jsonl"])
-    run.log(**{key: counts[key] for key in ("candidates", "accepted", "terms_taken", "least_training_windows_of_a_term",
-                                            "held_out_uses")}, leaks=leaks)
+    run.save(table, artifacts=["terms.json", "tokenizer", "train.jsonl", "dev.jsonl", "test.jsonl"])
+    run.log(candidates=len(candidates), terms=len(words), least_windows_of_a_term=min(n_train[word] for word in words),
+            uses=len(uses), leaks=leaks)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ from common import models  # before anything that loads bitsandbytes: it keeps t
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from common import training
 from task3_tokenizer import embeddings, task, windows
@@ -98,11 +98,6 @@ class Config(task.Config):
     lora_alpha: int = 32
     # No text is seen twice, so there is nothing to overfit.
     lora_dropout: float = 0.0
-    # Layers that get LoRA in (c1): "auto" takes every linear layer inside the attention, whatever the architecture calls
-    # it; or names separated by spaces.
-    attention: str = "auto"
-    # Layers that get LoRA in (c2) as well: "auto" takes the other linear layers of the decoder.
-    mlp: str = "auto"
     # Steps between log lines.
     log_every: int = 5
 
@@ -129,42 +124,19 @@ class Stage(NamedTuple):
     lr_rows: float
     lr_matrices: float | None = None
     lr_lora: float | None = None
-    layers: list[str] = []
+    layers: str | None = None
 
 
 def stages(cfg, batch_size: int) -> dict[str, Stage]:
-    """{stage: what it trains, in order}; rates as `Config.batch_size` explains."""
-    layers, scale = lora_layers(cfg), math.sqrt(batch_size / cfg.batch_size)
-    rows, rows_later, matrices, lora = (scale * rate for rate in (cfg.lr_rows, cfg.lr_rows_later, cfg.lr_matrices, cfg.lr_lora))
+    """{stage: what it trains, in order}; the comment at `batch_size` in Config explains the scale of the rates."""
+    scale = math.sqrt(batch_size / cfg.batch_size)
+    rates = scale * cfg.lr_rows_later, scale * cfg.lr_matrices, scale * cfg.lr_lora
     return {
-        "a": Stage(cfg.texts_a, rows),
-        "b": Stage(cfg.texts_b, rows_later, matrices),
-        "c1": Stage(cfg.texts_c1, rows_later, matrices, lora, layers["attention"]),
-        "c2": Stage(cfg.texts_c2, rows_later, matrices, lora, layers["attention"] + layers["mlp"]),
+        "a": Stage(cfg.texts_a, scale * cfg.lr_rows),
+        "b": Stage(cfg.texts_b, *rates[:2]),
+        "c1": Stage(cfg.texts_c1, *rates, "attention"),
+        "c2": Stage(cfg.texts_c2, *rates, "all-linear"),
     }
-
-
-def lora_layers(cfg) -> dict[str, list[str]]:
-    """{"attention": names, "mlp": names} of the layers that get LoRA, as PEFT takes them: endings of names.
-
-    "auto" takes those inside a module whose name has "attn" or "attention" in it for the attention, all others for the
-    MLP. Two parts of a name ("self_attn.q_proj") keep the lists apart where both have a layer of one name, as GPT-2
-    has c_proj. SystemExit for a name that is not there.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models.resolve(cfg.model)))
-    full = list(models.linear_layers(model))
-    short = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in full))
-    attention = [name for name in short if "attn" in name or "attention" in name]
-    layers = {"attention": attention, "mlp": [name for name in short if name not in attention]}
-    for kind, there in layers.items():
-        wanted = getattr(cfg, kind)
-        layers[kind] = there if wanted == "auto" else wanted.split()
-        missing = [name for name in layers[kind] if not any(f".{long}".endswith(f".{name}") for long in full)]
-        if missing or not layers[kind]:
-            raise SystemExit(f"MODEL={cfg.model}: no linear layer for {kind}={' '.join(missing) or wanted}; it has "
-                             f"{' '.join(short) or 'none'}")
-    return layers
 
 
 class Arm(NamedTuple):
@@ -190,8 +162,6 @@ def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
     tied = model.config.tie_word_embeddings
     if cfg.tied and not tied:
         raise SystemExit(f"tied=true: {cfg.model} has an output head of its own; leave it untied")
-    if cfg.tied and cfg.init in embeddings.TWO_ROWS:
-        raise SystemExit(f"init={cfg.init!r} gives input and output different rows, and tied=true has only one of them")
     if tied and not cfg.tied:
         embeddings.untie(model)
     rows = max(len(arm.tokenizer), len(model.get_input_embeddings().weight))  # a padded matrix is never made smaller
@@ -201,86 +171,75 @@ def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
     return save(cfg, arm, target, model, dev)
 
 
-def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, rows: list[dict], batch_size: int, dev: list[dict],
-                log) -> dict:
-    """Train the checkpoint `source` on the windows `rows`, in their order and once, and save it as `target`: rows are
-    rounded to the weights' format and LoRA is merged. Returns the stats."""
+def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: list[dict], batch_size: int,
+                dev: list[dict], log) -> dict:
+    """Train the checkpoint `source` on windows, in their order and once, and save it as `target`: LoRA is merged, and
+    rows and matrices are rounded to the model's own format. Returns the stats."""
     transformers.set_seed(cfg.seed)
-    precision = models.compute_name(cfg.compute)
-    model = models.load_decoder(str(source), precision)
-    model.config.use_cache = False
-    new_rows, matrices = embeddings.train_rows(model, arm.ids, whole=stage.lr_matrices is not None)
-    learn = [{"params": new_rows, "lr": stage.lr_rows}, {"params": matrices, "lr": stage.lr_matrices}]
+    model = models.load_decoder(str(source), models.compute_name(cfg.compute))
+    plain, frozen = embeddings.both(model), stage.lr_matrices is None
+    rows, matrices = embeddings.train_rows(model, arm.ids, whole=not frozen)
+    learn = [{"params": rows, "lr": stage.lr_rows}, {"params": matrices, "lr": stage.lr_matrices}]
     if stage.layers:
+        attention = [name for name in models.linear_layers(model) if "attn" in name or "attention" in name]
         model = get_peft_model(model, LoraConfig(
             task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, bias="none",
-            target_modules=stage.layers))
-        for parameter in new_rows + matrices:  # PEFT freezes everything that it did not make
+            target_modules=attention if stage.layers == "attention" else stage.layers))
+        for parameter in rows + matrices:  # PEFT freezes everything that it did not make
             parameter.requires_grad_(True)
         lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         learn.append({"params": lora, "lr": stage.lr_lora})
     learn = [group for group in learn if group["params"]]
-    stats = fit(cfg, model, arm.tokenizer, learn, rows, batch_size, log, f"{arm.name}/{target.name}")
+    stats = fit(cfg, model, arm.tokenizer, learn, texts, batch_size, log, f"{arm.name}/{target.name}")
 
-    merged = models.load_decoder(str(source), precision)
-    before = [layer.weight.detach().clone() for layer in embeddings.both(merged)]
-    if stage.layers:
-        adapter = target.with_name(f"{target.name}-adapter")
-        model.save_pretrained(adapter, save_embedding_layers=False)
-        merged = PeftModel.from_pretrained(merged, str(adapter)).merge_and_unload()
-        shutil.rmtree(adapter)
-    embeddings.write_rows(merged, arm.ids, new_rows, matrices)
-    others = torch.ones(len(before[0]), dtype=torch.bool, device=merged.device)
+    model = model.merge_and_unload() if stage.layers else model
+    model.set_input_embeddings(plain[0])
+    model.set_output_embeddings(plain[1])
+    before = [layer.weight.detach().float() for layer in plain]
+    embeddings.write_rows(model, arm.ids, rows, matrices)
+    others = torch.ones(len(before[0]), dtype=torch.bool, device=model.device)
     others[arm.ids] = False
-    for side, old, layer in zip(("input", "output"), before, embeddings.both(merged)):
-        change = (layer.weight.detach().float() - old.float())[others].abs().max().item()
-        assert matrices or change == 0, f"{target}: rows moved that this stage does not train"
+    for side, old, layer in zip(("input", "output"), before, plain):
+        change = (layer.weight.detach().float() - old)[others].abs().max().item()
+        assert not frozen or change == 0, f"{target}: rows moved that this stage does not train"
         stats[f"{side}_largest_change_of_other_rows"] = change
-    return stats | save(cfg, arm, target, merged, dev)
+    return stats | save(cfg, arm, target, model, dev)
 
 
 class WindowTrainer(Trainer):
-    """The mean cross-entropy of the real tokens. The library would compute logits of padding too, 1 GB a step in fp32.
+    """The mean cross-entropy of a batch's real tokens after the first `n_start`, computed in `precision`.
 
-    `precision`, the format of the arithmetic, is set by `fit`.
+    The library's own loss would need logits of padding too, 1 GB a step in fp32.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")[:, 1:]
-        real = labels != -100
+        real = inputs["attention_mask"][:, self.n_start:].bool()
         with models.autocast(self.precision):
             states = models.causal_of(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
-            logits = models.logits_of(model, states[:, :-1][real])
-        return torch.nn.functional.cross_entropy(logits, labels[real])
+            logits = models.logits_of(model, states[:, self.n_start - 1:-1][real])
+        return torch.nn.functional.cross_entropy(logits, inputs["input_ids"][:, self.n_start:][real])
 
 
-def collate(lines: list[list[int]], pad_token_id: int, n_start: int = 1) -> dict[str, torch.Tensor]:
-    """task.padded with labels: -100 for padding, which is found by length, and for the first `n_start` tokens."""
-    batch = task.padded(lines, pad_token_id)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    labels[:, :n_start] = -100
-    return batch | {"labels": labels}
-
-
-def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: int, log, name: str,
-        trainer_class=WindowTrainer) -> dict:
+def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: int, log, name: str) -> dict:
     """Train the parameter groups `learn` {"params", "lr"} of `model` on the windows `rows`; returns the stats."""
-    start, precision = task.start_ids(tokenizer), models.compute_name(cfg.compute)
+    start = task.start_ids(tokenizer)
     lines = [[*start, *task.ids_of(tokenizer, row["text"])] for row in rows]
-    steps = math.ceil(len(lines) / batch_size)
-    trainer = trainer_class(
-        model=model, train_dataset=lines, data_collator=lambda batch: collate(batch, tokenizer.pad_token_id, len(start)),
+    steps, precision = math.ceil(len(lines) / batch_size), models.compute_name(cfg.compute)
+    args = TrainingArguments(
+        output_dir=str(results.ROOT / "runs"), save_strategy="no", remove_unused_columns=False, seed=cfg.seed,
+        per_device_train_batch_size=batch_size, train_sampling_strategy="sequential", max_steps=steps,
+        lr_scheduler_type=cfg.schedule, warmup_steps=max(1, round(cfg.warmup * steps)),
+        max_grad_norm=cfg.max_grad_norm, logging_steps=cfg.log_every, **training.options(precision))
+    trainer = WindowTrainer(
+        model=model, args=training.one_process(args), train_dataset=lines,
+        data_collator=lambda batch: task.padded(batch, tokenizer.pad_token_id),
         optimizers=(torch.optim.AdamW(learn, weight_decay=cfg.weight_decay), None),
-        callbacks=[training.Log(log, ("loss", "grad_norm"), stage=name)],
-        args=training.one_process(TrainingArguments(
-            output_dir=str(results.ROOT / "runs"), save_strategy="no", remove_unused_columns=False, label_names=["labels"],
-            per_device_train_batch_size=batch_size, train_sampling_strategy="sequential", max_steps=steps,
-            lr_scheduler_type=cfg.schedule, warmup_steps=max(1, round(cfg.warmup * steps)),
-            max_grad_norm=cfg.max_grad_norm, seed=cfg.seed, logging_steps=cfg.log_every, **training.options(precision))))
-    trainer.precision = precision
+        callbacks=[training.Log(log, ("loss", "grad_norm"), stage=name)])
+    trainer.n_start, trainer.precision = len(start), precision
     trainer.remove_callback(PrinterCallback)
     started = time.time()
     trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # undoes the autocast around its forward
     stats = {"steps": steps, "texts": len(rows), "tokens": sum(map(len, lines)), "seconds": time.time() - started,
              "trainable_parameters": sum(p.numel() for group in learn for p in group["params"]),
              "losses": [{"step": h["step"], "value": h["loss"]} for h in trainer.state.log_history if "loss" in h]}
@@ -322,26 +281,26 @@ def train(cfg, arm: Arm, folder: Path, rows: list[dict], dev: list[dict], made_f
 def main(run):
     cfg, data, lexicon = run.cfg, run.load("01_data"), task.lexicon(run)
     rows, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
-    asked = {name: stage.texts for name, stage in stages(cfg, cfg.batch_size).items()}  # a wrong layer is said here
+    asked = {name: stage.texts for name, stage in stages(cfg, cfg.batch_size).items()}
     n_windows = Counter(row["term"] for row in rows)
     if fewer := [n for n in n_windows.values() if n < sum(asked.values())]:
-        print(f"{len(fewer)} of {len(n_windows)} terms have fewer than the {sum(asked.values())} windows asked for, the fewest "
-              f"{min(fewer)}: the stages share what there is")
-    table = [{"table": "texts of a term", "name": term, "stage": stage, "metric": "texts", "value": n}
-             for term, windows_of in n_windows.items() for stage, n in windows.texts_per_stage(asked, windows_of).items()]
-    tokens, seconds = 0, 0.0
+        print(f"{len(fewer)} terms have fewer than {sum(asked.values())} windows, the fewest {min(fewer)}: each stage gets "
+              "its share")
+    table = [{"table": "texts of a term", "name": term, "stage": stage, "metric": "texts", "value": texts}
+             for term, n in n_windows.items() for stage, texts in windows.texts_per_stage(asked, n).items()]
+    tokens, seconds, dev_bits = 0, 0.0, {}
     for arm in arms(lexicon):
         for stage, stats in train(cfg, arm, run.folder / arm.name, rows, dev, results.result_hash(data), run.log):
             about = {"name": arm.name, "stage": stage}
-            table += [{"table": "curve", **about, "metric": "loss", **loss} for loss in stats.get("losses", [])]
+            table += [{"table": "curve", **about, "metric": "loss", **loss} for loss in stats.pop("losses", [])]
             table += [{"table": "training", **about, "metric": k, "value": v} for k, v in stats.items()
-                      if k not in ("identity", "losses")]
+                      if k != "identity"]
             tokens, seconds = tokens + stats.get("tokens", 0), seconds + stats.get("seconds", 0)
+            dev_bits[f"dev_bits_per_byte_{arm.name}"] = stats["dev_bits_per_byte"]
             run.log(arm=arm.name, stage=stage, dev_bits_per_byte=stats["dev_bits_per_byte"])
-    run.save(table, artifacts=[f"{arm}/{stage}" for arm in ("new", "control") for stage in ("init", *task.STAGES)],
-             tokens_per_second=tokens / seconds)
-    last = {r["name"]: r["value"] for r in table if (r["metric"], r["stage"]) == ("dev_bits_per_byte", task.STAGES[-1])}
-    run.log(dev_bits_per_byte_new=last["new"], dev_bits_per_byte_control=last["control"])
+    run.save(table, tokens_per_second=tokens / seconds,
+             artifacts=[f"{arm}/{stage}" for arm in ("new", "control") for stage in ("init", *task.STAGES)])
+    run.log(**dev_bits)
 
 
 if __name__ == "__main__":

@@ -39,17 +39,16 @@ LAST = task.STAGES[-1]
 
 
 def continuations(model, tokenizer, rows, new_ids, n):
-    """Of n held-out beginnings right before each term: how often the term is written, how often by its id in `new_ids`
-    {term: id}, and how often the written text has the written ids."""
+    """Of n held-out beginnings right before each term: how often the term is written, and how often by its id in
+    `new_ids` {term: id}."""
     chosen = [row for k, row in enumerate(rows) if sum(r["term"] == row["term"] for r in rows[:k]) < n]
-    counts = {"continued": len(chosen), "term_written": 0, "term_written_by_new_id": 0, "re_encodes_alike": 0}
+    counts = {"continued": len(chosen), "term_written": 0, "term_written_by_new_id": 0}
     written = task.generate(model, tokenizer, [row["text"][:row["start"] - 1] for row in chosen], 8)
     for row, ids in zip(chosen, written):
         text, term = tokenizer.decode(ids, clean_up_tokenization_spaces=False), f" {row['term']}"
         is_term = text.startswith(term) and not text[len(term):][:1].isalnum()
         counts["term_written"] += is_term
         counts["term_written_by_new_id"] += is_term and ids[0] == new_ids.get(row["term"])
-        counts["re_encodes_alike"] += task.ids_of(tokenizer, text) == ids
     return counts
 
 
@@ -107,17 +106,13 @@ def main(run):
         gc.collect()
 
     for stage in task.STAGES:
-        last = {"in_verdict": True} if stage == LAST else {}
         for kind, new in items[f"new {stage}"].items():
             for other, before in (("control", items[f"control {stage}"]), ("base", items["base"])):
-                table += task.delta_rows(f"minus {other}: {kind}", f"new {stage}", before[kind], new, **last)
-    for kind in ("term windows", "any text"):
-        n_words = sum(len(row["text"].split()) for row in tests.get(kind, []))
-        before, after = (sum(i["tokens"] for i in items[name].get(kind, [])) for name in ("base", f"new {LAST}"))
-        if n_words:
-            per_thousand = {"value": before - after, "before": before, "after": after}
-            table.append({"table": "saved", "name": kind, "metric": "tokens_per_1000_words", "n": n_words,
-                          **{k: 1000 * v / n_words for k, v in per_thousand.items()}})
+                table += task.delta_rows(f"minus {other}: {kind}", f"new {stage}", before[kind], new)
+    for kind in tests:
+        before, after = (sum(item["tokens"] for item in items[name][kind]) for name in ("base", f"new {LAST}"))
+        table.append({"table": "saved", "name": kind, "metric": "share_of_tokens", "value": 1 - after / before,
+                      "before": before, "after": after})
     for stage, sides in cosines.items():
         for side, own in sides.items():
             table += task.rows_of("cosines", side, own, stage=stage)
@@ -126,12 +121,11 @@ def main(run):
     terms = term_rows(lexicon, rows, items, old_pieces, cosines, definitions)
 
     results.write_atomic(run.folder / "items.json", json.dumps(items))
-    lines = ["# The best and the worst predicted held-out use of each term\n"]  # quotes the texts: for this machine only
-    scored = sorted(zip(rows, items[f"new {LAST}"]["term windows"]), key=lambda pair: pair[1]["term_nats"])
-    for term in lexicon.ids:
-        own = [f"- {item['term_nats'] * task.BITS:.1f} bits:{row['text']}\n" for row, item in scored if row["term"] == term]
-        lines += [f"## {term}\n", own[0], own[-1]]
-    results.write_atomic(run.folder / "examples.md", "\n".join(lines))
+    # The test texts of each term, the best predicted first: they are quotes, for this machine only.
+    scored = sorted((row["term"], item["term_nats"] * task.BITS, row["text"])
+                    for row, item in zip(rows, items[f"new {LAST}"]["term windows"]))
+    text = "".join(f"- {term}, {bits:.1f} bits:{text}\n" for term, bits, text in scored)
+    results.write_atomic(run.folder / "examples.md", text)
     run.save(table + terms, artifacts=["items.json", "examples.md"])
     delta = next(r for r in table if (r["table"], r["name"]) == ("minus control: term windows", f"new {LAST}"))
     run.log(minus_control=delta["value"], lo=delta["lo"], hi=delta["hi"], p=delta["p"], n=delta["n"],

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from common import models
-from task3_tokenizer import embeddings, task, vocabulary, windows
+from task3_tokenizer import embeddings, task, vocabulary
 
 training = importlib.import_module("task3_tokenizer.03_train")
 
@@ -38,6 +38,8 @@ training = importlib.import_module("task3_tokenizer.03_train")
 class Config(task.Config):
     # Names of the rows to train, separated by ";" ("" = all): to add or repeat some of them.
     only: str = ""
+    # Texts per term of the curve; 0 is the untrained mean of the pieces.
+    curve: str = "0 5 25 50 100 200"
     # Terms of the curve over texts per token, those with the most texts: few have 200.
     n_curve: int = 6
     # Further seeds through all stages, both arms: another order of texts and another adapter change the result, which no
@@ -49,6 +51,7 @@ PROFILES = {
     "smoke": dict(
         # What takes another path through the code.
         only="tied;AddedToken;texts per token",
+        curve="0 2",
         n_curve=2,
     ),
     "cpu": dict(),
@@ -61,11 +64,6 @@ ROWS = {
     "AddedToken": ("AddedToken", {}),
 }
 CURVE = "texts per token"
-TEXTS = {"smoke": (0, 2), "cpu": (0, 5, 25, 50, 100, 200), "gpu": (0, 5, 25, 50, 100, 200)}  # 0: untrained
-
-
-def silent(**values):
-    """No line for each step: there would be hundreds."""
 
 
 def stored(run, name: str, given: list, make, *arguments) -> dict:
@@ -76,54 +74,41 @@ def stored(run, name: str, given: list, make, *arguments) -> dict:
     return values
 
 
-def stage_a(folder, cfg, way, lexicon, rows, dev, tests):
-    """{kind: items} of `tests` {kind: rows} after stage (a), with the tokens added in one of vocabulary.ways."""
-    arm, _ = training.arms(lexicon)
-    if way != "entry and merges":
-        # A plain AddedToken leaves the space outside, and a word that is an entry without space keeps its id and row.
-        tokenizer = vocabulary.ways(lexicon.old, list(lexicon.ids), lexicon.new)[way]
-        pieces_of = {task.ids_of(tokenizer, word)[-1]: task.ids_of(lexicon.old, word) for word in lexicon.ids}
-        arm = training.Arm("new", tokenizer, pieces_of, sorted(pieces_of))
-    for _ in itertools.islice(training.train(cfg, arm, folder, rows, dev, "", silent), 2):
-        pass  # init and a
-    model = models.load_decoder(str(folder / "a"), models.compute_name(cfg.compute))
-    return {kind: task.score(model, arm.tokenizer, part, cfg.eval_batch_size, arm.ids) for kind, part in tests.items()}
-
-
-def all_stages(folder, cfg, arm, rows, dev, made_from, run):
-    """{kind: items} of all test texts after the last stage."""
-    for stage, _ in training.train(cfg, arm, folder, rows, dev, made_from, silent):
+def trained(folder, cfg, arm, n_stages, rows, dev, data, tests, terms=()):
+    """{kind: items} of `tests` {kind: rows}, scored after the first stages of `arm`, the stats of the last of them, and
+    the "cosines" of the output rows of `terms`, which have one id in the arm's tokenizer."""
+    stages = training.train(cfg, arm, folder, rows, dev, data, lambda **values: None)  # no line for each step
+    for stage, stats in itertools.islice(stages, 1 + n_stages):
         last = folder / stage
     model = models.load_decoder(str(last), models.compute_name(cfg.compute))
-    return task.measure(run, model, arm.tokenizer, list(arm.pieces_of))
+    items = {kind: task.score(model, arm.tokenizer, part, cfg.eval_batch_size, list(arm.pieces_of))
+             for kind, part in tests.items()}
+    ids = {row["term"]: task.ids_of(arm.tokenizer, f" {row['term']}")[0] for row in terms}
+    cosines = embeddings.cosines(model, arm.tokenizer, terms, ids, {})["output"]
+    return {**items, "stats": stats, "cosines": cosines}
 
 
-def curve_point(folder, cfg, texts, source, lexicon, words, rows, dev, tests):
-    """{"items", "steps", "windows", "cosines"} of stage (a) with so many texts of each of `words`, from `source`."""
-    ids, batch_size, stats = {word: lexicon.ids[word] for word in words}, min(cfg.batch_size, len(words)), {}
-    if texts:  # the rate is that of a full batch: a row has as many windows in a step as there
-        arm, stage = training.Arm("new", lexicon.new, {}, sorted(ids.values())), training.Stage(texts, cfg.lr_rows)
-        ordered = windows.interleave_terms(rows, cfg.seed, batch_size, texts)
-        stats = training.train_stage(cfg, arm, stage, source, folder, ordered, batch_size, dev, silent)
-    model = models.load_decoder(str(folder if texts else source), models.compute_name(cfg.compute))
-    terms = [row for row in lexicon.terms if row["term"] in words]
-    return {"items": task.score(model, lexicon.new, tests, cfg.eval_batch_size, list(ids.values())),
-            "steps": stats.get("steps", 0), "windows": stats.get("texts", 0),
-            "cosines": embeddings.cosines(model, lexicon.new, terms, ids, embeddings.whole_words(lexicon.old))["output"]}
+def arm_of(way, lexicon):
+    """The arm with new tokens, added in one of vocabulary.ways."""
+    if way == "entry and merges":
+        return training.arms(lexicon)[0]
+    # A plain AddedToken leaves the space outside, and a word that is an entry without space keeps its id and row.
+    tokenizer = vocabulary.ways(lexicon.old, list(lexicon.ids), lexicon.new)[way]
+    pieces_of = {task.ids_of(tokenizer, word)[-1]: task.ids_of(lexicon.old, word) for word in lexicon.ids}
+    return training.Arm("new", tokenizer, pieces_of, sorted(pieces_of))
 
 
 def main(run):
-    cfg, data, trained = run.cfg, results.result_hash(run.load("01_data")), run.load("03_train")
+    cfg, data = run.cfg, results.result_hash(run.load("01_data"))
     run.load("04_eval")
-    of_03 = partial(results.config_of, training.Config, trained["config"])
+    of_03 = partial(results.config_of, training.Config, run.load("03_train")["config"])
     base_cfg, lexicon, tests = of_03(), task.lexicon(run), task.test_sets(run)
     rows, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
     items = json.loads(run.artifact("04_eval", "items.json").read_text())
     seeds = {f"all stages, seed {k}": k for k in range(1, cfg.seeds + 1)}
     names, table = results.chosen(cfg.only, [*ROWS, CURVE, *seeds]), []
     was_tied = next(r["value"] for r in run.load("02_baseline")["rows"] if r["metric"] == "tied")
-    impossible = ["tied"] if base_cfg.tied or not was_tied else []
-    impossible += embeddings.TWO_ROWS if base_cfg.tied else []
+    impossible = {"tied"} if base_cfg.tied or not was_tied else set()
 
     # Stage (a) with one thing changed.
     kinds = ("term windows", "without terms" if "without terms" in tests else "general English")
@@ -131,7 +116,7 @@ def main(run):
     for name in (name for name in names if name in ROWS and name not in impossible):
         way, changes = ROWS[name]
         own = of_03(**changes)
-        done[name] = stored(run, name, [vars(own), data], stage_a, own, way, lexicon, rows, dev,
+        done[name] = stored(run, name, [vars(own), data], trained, own, arm_of(way, lexicon), 1, rows, dev, data,
                             {kind: tests[kind] for kind in kinds})
         table += task.delta_rows("ablation minus 03", name, items["new a"][kinds[0]], done[name][kinds[0]])
         run.log(row=name.replace(" ", "_"), minus_03=table[-1]["value"])
@@ -141,26 +126,28 @@ def main(run):
     # Stage (a) with 0 to 200 texts for each of the terms that have most.
     if CURVE in names:
         words = [word for word, _ in Counter(row["term"] for row in rows).most_common(cfg.n_curve)]
+        arm = training.arms(lexicon)[0]._replace(ids=sorted(lexicon.ids[word] for word in words))
         mine = [k for k, row in enumerate(tests["term windows"]) if row["term"] in words]
-        shown = [tests["term windows"][k] for k in mine]
         table += task.rows_of("curve base", "base", [items["base"]["term windows"][k] for k in mine])
-        for texts in TEXTS[run.profile]:
-            point = stored(run, f"texts {texts}", [vars(base_cfg), data, words], curve_point, base_cfg, texts,
-                           run.artifact("03_train", "new/init"), lexicon, words, [r for r in rows if r["term"] in words],
-                           dev, shown)
-            more = {"texts": texts, "steps": point["steps"], "terms": len(words),
-                    "windows_per_term": point["windows"] / len(words)}
-            table += task.rows_of("curve", "new a", point["items"], **more)
+        # Fewer terms in a batch, yet the full rate: a row has as many windows in a step as with all terms.
+        few = dict(batch_size=min(base_cfg.batch_size, len(words)), texts_b=1, texts_c1=1, texts_c2=1)
+        for texts in map(int, cfg.curve.split()):
+            own = of_03(texts_a=max(1, texts), **few)
+            point = stored(run, f"texts {texts}", [vars(own), data, words], trained, own, arm, int(texts > 0),
+                           [row for row in rows if row["term"] in words], dev, data,
+                           {"term windows": [tests["term windows"][k] for k in mine]},
+                           [row for row in lexicon.terms if row["term"] in words])
+            more = {"texts": texts, "steps": point["stats"].get("steps", 0), "terms": len(words),
+                    "windows_per_term": point["stats"].get("texts", 0) / len(words)}
+            table += task.rows_of("curve", "new a", point["term windows"], **more)
             table += task.rows_of("curve", "new a", point["cosines"], **more)
-            run.log(texts=texts, steps=point["steps"])
 
     # All stages of both arms with other seeds.
     trainings = {"as in 03": {arm: items[f"{arm} {task.STAGES[-1]}"] for arm in ("new", "control")}}
     for name in (name for name in names if name in seeds):
         own = of_03(seed=base_cfg.seed + seeds[name])
-        trainings[name] = {arm.name: stored(run, f"{name} {arm.name}", [vars(own), data], all_stages, own, arm, rows, dev,
-                                            data, run) for arm in training.arms(lexicon)}
-        run.log(row=name.replace(" ", "_"))
+        trainings[name] = {arm.name: stored(run, f"{name} {arm.name}", [vars(own), data], trained, own, arm,
+                                            len(task.STAGES), rows, dev, data, tests) for arm in training.arms(lexicon)}
     for kind, (name, by_arm) in itertools.product(tests, trainings.items() if len(trainings) > 1 else ()):
         more = {"seed": name, "kind": kind}
         for arm in ("new", "control"):

@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional
 
 INITS = ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces")
-TWO_ROWS = INITS[3:]  # these give input and output different rows
 
 
 def both(model) -> tuple[nn.Module, nn.Module]:
@@ -72,6 +71,12 @@ def initialise(model, pieces_of: dict[int, list[int]], method: str, seed: int) -
 
 # ------------------------------------------------------------------------------------------------- training
 
+def matrix_and_rows(weight: torch.Tensor, ids: list[int], whole: bool) -> tuple[torch.Tensor, nn.Parameter]:
+    """(the matrix, a parameter in fp32 if `whole`, else a buffer; its rows `ids` as a parameter in fp32)"""
+    matrix = nn.Parameter(weight.float()) if whole else nn.Buffer(weight, persistent=False)
+    return matrix, nn.Parameter(weight[ids].float())
+
+
 class RowEmbedding(nn.Module):
     """An embedding whose rows `ids` are a parameter of their own, in fp32; the matrix is a buffer, or with `whole` a
     second parameter. forward: (rows, columns) ids -> (rows, columns, hidden).
@@ -87,8 +92,7 @@ class RowEmbedding(nn.Module):
         place = torch.full((len(weight),), -1, device=weight.device)
         place[torch.tensor(ids)] = torch.arange(len(ids), device=weight.device)
         self.register_buffer("place", place, persistent=False)  # of each id in `rows`; -1: in the matrix
-        self.weight = nn.Parameter(weight.float()) if whole else nn.Buffer(weight, persistent=False)
-        self.rows = nn.Parameter(weight[torch.tensor(ids)].float())
+        self.weight, self.rows = matrix_and_rows(weight, ids, whole)
 
     def forward(self, ids):
         place = self.place[ids]
@@ -109,11 +113,7 @@ class RowHead(nn.Module):
         weight = head.weight.detach()
         self.bias = None if head.bias is None else nn.Buffer(head.bias.detach(), persistent=False)
         self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
-        if shared is not None:
-            self.weight, self.rows = shared.weight, shared.rows
-        else:
-            self.weight = nn.Parameter(weight.float()) if whole else nn.Buffer(weight, persistent=False)
-            self.rows = nn.Parameter(weight[self.ids].float())
+        self.weight, self.rows = (shared.weight, shared.rows) if shared else matrix_and_rows(weight, ids, whole)
 
     def forward(self, hidden):
         bias = None if self.bias is None else self.bias.to(hidden.dtype)

@@ -20,7 +20,8 @@ from common import models  # before anything that loads bitsandbytes: it keeps t
 # isort: split
 
 import torch
-from transformers import AutoTokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, BatchEncoding
 
 from common import corpus, results, stats
 from common.stats import Metric
@@ -169,15 +170,12 @@ def encode(tokenizer, row: dict, term_tokenizer=None) -> tuple[list[int], tuple[
     return [*left, *own, *right], (len(left), len(left) + len(own))
 
 
-def padded(lines: list[list[int]], pad_token_id: int, device=None, left: bool = False) -> dict[str, torch.Tensor]:
-    """{"input_ids", "attention_mask"} of id lists, each (rows, columns), padded on the right or the `left`."""
-    width = max(map(len, lines))
-
-    def fill(line, filler):
-        rest = [filler] * (width - len(line))
-        return rest + line if left else line + rest
-    return {"input_ids": torch.tensor([fill(line, pad_token_id) for line in lines], device=device),
-            "attention_mask": torch.tensor([fill([1] * len(line), 0) for line in lines], device=device)}
+def padded(lines: list[list[int]], pad_token_id: int, side: str = "right") -> BatchEncoding:
+    """{"input_ids", "attention_mask"} of id lists, each (rows, columns), on the CPU."""
+    def pad(rows, filler):
+        return pad_sequence([torch.tensor(row) for row in rows], True, filler, side)
+    return BatchEncoding({"input_ids": pad(lines, pad_token_id),
+                          "attention_mask": pad([[1] * len(line) for line in lines], 0)})
 
 
 @torch.inference_mode()
@@ -193,7 +191,7 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_
     order = sorted(range(len(rows)), key=lambda i: (-len(encoded[i][0]), i))
     new = torch.tensor(list(new_ids), dtype=torch.long, device=model.device)
     for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        inputs = padded([[*first, *encoded[i][0]] for i in batch], tokenizer.pad_token_id, model.device)
+        inputs = padded([[*first, *encoded[i][0]] for i in batch], tokenizer.pad_token_id).to(model.device)
         real = inputs["attention_mask"][:, len(first):].bool()
         hidden = decoder(**inputs, use_cache=False).last_hidden_state[:, len(first) - 1:-1][real]
         labels, nats, ranks, masses = inputs["input_ids"][:, len(first):][real], [], [], []
@@ -248,7 +246,7 @@ def generate(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[
     """Ids of greedy continuations after `start_ids` and each prompt, up to EOS."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     lines = [[*start_ids(tokenizer), *ids_of(tokenizer, prompt)] for prompt in prompts]
-    inputs = padded(lines, pad, model.device, left=True)
+    inputs = padded(lines, pad, "left").to(model.device)
     with models.greedy(model, pad, [eos]):
         out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     written = out[:, inputs["input_ids"].shape[1]:].tolist()

@@ -49,7 +49,7 @@ def reject(tokenizer, word: str, documents: int, held_out: int, least: int, leas
 
 def find(tokenizer, train: list[str], held_out: list[str], general: list[str], least: int,
          least_held_out: int) -> list[dict]:
-    """Candidates, best first: {"term", "score", "keyness", "pieces" (vocabulary entries), "documents",
+    """Candidates, best first: {"term", "score", "keyness", "pieces" (texts), "documents",
     "held_out_documents", "rejected" (reason or None)}.
 
     score = keyness x (pieces - 1) x log(1 + documents): far more frequent here than in general English, tokens saved
@@ -65,7 +65,8 @@ def find(tokenizer, train: list[str], held_out: list[str], general: list[str], l
         if spread >= least / 2 and len(entries) >= 2:
             key = keyness(occurrences[word], total, other[word], other_total)
             rows.append({"term": word, "score": key * (len(entries) - 1) * math.log1p(spread), "keyness": key,
-                         "pieces": entries, "documents": spread, "held_out_documents": held_documents[word],
+                         "pieces": [tokenizer.convert_tokens_to_string([entry]) for entry in entries],
+                         "documents": spread, "held_out_documents": held_documents[word],
                          "rejected": reject(tokenizer, word, spread, held_documents[word], least, least_held_out)})
     return sorted(rows, key=lambda r: (-r["score"], r["term"]))
 

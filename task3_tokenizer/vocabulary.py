@@ -8,6 +8,7 @@ and tests/test_vocabulary.py shows what each does.
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -23,16 +24,10 @@ def pieces(tokenizer, text: str) -> list[str]:
 
 def check_kind(tokenizer, name: str) -> None:
     """SystemExit unless the tokenizer of the model `name` is byte-level BPE."""
-    kind = type(tokenizer).__name__  # a slow tokenizer has no backend
-    if hasattr(tokenizer, "backend_tokenizer"):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        kind = state["model"]["type"]
-        if kind == "BPE":
-            if "ByteLevel" in json.dumps(state["pre_tokenizer"]):
-                return
-            kind = "BPE over characters, as SentencePiece makes it"
-    raise SystemExit(f"MODEL={name}: its tokenizer is {kind}, not byte-level BPE (the kind of GPT-2, Llama 3, Qwen and "
-                     "SmolLM2), which the merges of new words need")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if type(getattr(backend, "model", None)).__name__ != "BPE" or "ByteLevel" not in str(backend.pre_tokenizer):
+        raise SystemExit(f"MODEL={name}: its tokenizer is not byte-level BPE (the kind of GPT-2, Llama 3, Qwen and "
+                         "SmolLM2), which the merges of new words need")
 
 
 def check_terms(tokenizer, terms: list[str]) -> None:
@@ -45,8 +40,8 @@ def check_terms(tokenizer, terms: list[str]) -> None:
             raise SystemExit(f"{where}: stands twice in the list")
         words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(f" {term}")
         if len(words) != 1:
-            parts = ", ".join(repr(f" {term}"[start:end]) for _, (start, end) in words)
-            raise SystemExit(f"{where}: cannot be one token, because the pre-tokenizer always splits it into {parts}")
+            raise SystemExit(f"{where}: cannot be one token, because the pre-tokenizer always splits it, into "
+                             + " | ".join(word for word, _ in words))
         if len(entries := pieces(tokenizer, f" {term}")) == 1:
             raise SystemExit(f"{where}: is in the vocabulary already, as {entries[0]!r}")
 
@@ -60,8 +55,10 @@ def extend(tokenizer, terms: list[str]):
     AssertionError if an old id moved or a term is not one token in the end.
     """
     check_terms(tokenizer, terms)
-    old, state, added = tokenizer.get_vocab(), _state_of(tokenizer), {}
+    old, state, added = tokenizer.get_vocab(), json.loads(tokenizer.backend_tokenizer.to_str()), {}
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    for special in state["added_tokens"]:  # Llama 3 and Qwen have them behind the vocabulary, where ours would go
+        vocabulary.setdefault(special["content"], special["id"])
     following = 1 + max(old.values())
     for term in terms:
         left, *others = Tokenizer.from_str(json.dumps(state)).encode(f" {term}", add_special_tokens=False).tokens
@@ -90,15 +87,6 @@ def pieces_of(added: dict, vocabulary: dict[str, int]) -> dict[int, list[int]]:
     return {what["id"]: split(entry) for entry, what in added.items()}
 
 
-def _state_of(tokenizer) -> dict:
-    """tokenizer.json as a dict, special tokens in the vocabulary: in Llama 3 and Qwen they are not, and would be
-    numbered anew behind new entries."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for special in state["added_tokens"]:
-        state["model"]["vocab"].setdefault(special["content"], special["id"])
-    return state
-
-
 def _with_state(tokenizer, state: dict):
     """The same tokenizer (template, special tokens, padding) around another tokenizer.json."""
     with tempfile.TemporaryDirectory() as folder:
@@ -110,20 +98,13 @@ def _with_state(tokenizer, state: dict):
 
 
 def ways(tokenizer, terms: list[str], extended) -> dict:
-    """{name: tokenizer} of every way to add `terms`: AddedToken with each combination of options that people use, a
-    vocabulary entry with merges (`extended`, made by `extend`), and an entry that `ignore_merges` finds, with which
-    whole words are looked up first."""
+    """{name: tokenizer} of every way to add `terms`: AddedToken with each combination of options that people use, and
+    entries with merges (`extended`, made by `extend`)."""
     built = {}
     for name, space, options in (("AddedToken", "", {}), ("AddedToken lstrip", "", {"lstrip": True}),
                                  ("AddedToken single_word", "", {"single_word": True}),
                                  ("AddedToken with space", " ", {}),
                                  ("AddedToken with space, single_word", " ", {"single_word": True})):
-        built[name] = _with_state(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
+        built[name] = copy.deepcopy(tokenizer)
         built[name].add_tokens([AddedToken(space + term, normalized=False, **options) for term in terms])
-    built["entry and merges"] = extended
-    state, following = _state_of(tokenizer), 1 + max(tokenizer.get_vocab().values())
-    split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
-    state["model"]["vocab"] |= {split(f" {term}")[0][0]: following + i for i, term in enumerate(terms)}
-    state["model"]["ignore_merges"] = True
-    built["entry and ignore_merges"] = _with_state(tokenizer, state)
-    return built
+    return built | {"entry and merges": extended}

@@ -94,14 +94,14 @@ def split_into_stages(rows: list[dict], asked: dict[str, int]) -> dict[str, list
     return parts
 
 
-def interleave_terms(rows: list[dict], seed: int, batch_size: int, each: int | None = None) -> list[dict]:
-    """All windows, or the first `each` of every term, in rounds of one of each term in random order.
+def interleave_terms(rows: list[dict], seed: int, batch_size: int) -> list[dict]:
+    """The windows in rounds of one of each term, in random order.
 
     Within spans of 8 batches, similar lengths come together (7 % of the tokens are then padding instead of 25 %), and
     the full batches of a span are shuffled again.
     """
     rng, groups, rounds, ordered = random.Random(seed), by_term(rows), [], []
-    for k in range(each or max(map(len, groups))):
+    for k in range(max(map(len, groups))):
         now = [own[k] for own in groups if k < len(own)]
         rounds += rng.sample(now, len(now))
     for start in range(0, len(rounds), 8 * batch_size):
