@@ -28,19 +28,20 @@ from task3_tokenizer import task, terms, vocabulary, windows
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # Terms taken if terms="found". Twenty fit into a report, and 51 texts of each into the minutes of a CPU run.
+    # Terms taken if terms="found". Twenty fit into a report, and 51 texts of each into the minutes of a CPU
+    # run.
     n_terms: int = 20
-    # Training documents in which a word must occur to be found. The assignment asks for at least 50 texts per token,
-    # and near copies of a window do not count.
+    # Training documents in which a word must occur to be found. The assignment asks for at least 50 texts per
+    # token, and near copies of a window do not count.
     least_texts: int = 60
-    # Distinct training windows that a term must have, found or listed. 03 trains on 51 of each term, and shares what
-    # there is of a term that has fewer. The rarest of terms.csv has 50 to 62: it depends on the profile and on the
-    # version of Python, whose own library is part of the corpus. 40 leaves room.
+    # Distinct training windows that a term must have, found or listed. 03 trains on 51 of each term, and
+    # shares what there is of a term that has fewer. The rarest of terms.csv has 50 to 62: it depends on the
+    # profile and on the version of Python, whose own library is part of the corpus. 40 leaves room.
     least_windows: int = 40
     # Held-out documents in which a term must occur: below 20, one odd text decides.
     least_held_out: int = 20
-    # Windows kept per term for training, one per document: 03 uses the first 51, the curve over texts per token of
-    # `make ablations` uses 200.
+    # Windows kept per term for training, one per document: 03 uses the first 51, the curve over texts per
+    # token of `make ablations` uses 200.
     n_windows: int = 200
     # Windows of each term for the dev score after every stage.
     n_dev: int = 2
@@ -76,8 +77,8 @@ def list_of_terms(cfg):
 
 
 def choose(cfg, tokenizer, candidates, path, train, held_out):
-    """The terms of the list, or all candidates that were accepted, best first: {term, anchors, negative_anchors,
-    definition}. SystemExit for a listed one that has too few documents."""
+    """The terms of the list, or all candidates that were accepted, best first: {term, anchors,
+    negative_anchors, definition}. SystemExit for a listed one that has too few documents."""
     if path is None:
         return [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""} for r in candidates
                 if r["rejected"] is None]
@@ -134,7 +135,8 @@ def main(run):
     extended, added = vocabulary.extend(tokenizer, words)
     taught = [w for w in taught if w["term"] in words]
 
-    # Held-out windows, the rarest term first, because a document serves one term only; and texts of other kinds.
+    # Held-out windows, the rarest term first, because a document serves one term only; and texts of other
+    # kinds.
     dev = [w for word in words for w in windows.draw(split["dev"], word, cfg.n_dev, rng, fits, set())]
     spread, taken = {r["term"]: r["held_out_documents"] for r in candidates}, set()
     uses = [w for word in sorted(words, key=lambda w: spread.get(w, 0))

@@ -40,8 +40,8 @@ PLACES = ("a {} b", "the {}, and", "of {}.", "the {}'s x", "(see {})")
 
 
 def compare_ways(tokenizer, extended, terms, texts):
-    """Rows for each way of adding the terms: round trips, terms that are one id, other words tokenized differently,
-    and length."""
+    """Rows for each way of adding the terms: round trips, terms that are one id, other words tokenized
+    differently, and length."""
     texts = texts + [frame.replace("{}", term) for term in terms for frame in FRAMES]
     others = sorted({w for text in texts for w in re.findall(r"(?<= )[^\W_]+", text)} - set(terms))
     before = {word: task.ids_of(tokenizer, f" {word}") for word in others}

@@ -46,15 +46,16 @@ from task3_tokenizer import embeddings, task, windows
 @dataclass(frozen=True)
 class Config(task.Config):
     # -- the new rows --
-    # First values: the mean of the old pieces' rows, as the assignment says. `make ablations` compares it with the
-    # others of embeddings.INITS.
+    # First values: the mean of the old pieces' rows, as the assignment says. `make ablations` compares it
+    # with the others of embeddings.INITS.
     init: str = "mean of pieces"
-    # One matrix for input and output, as SmolLM2 has it? Two by default: the input row encodes meaning, the output row
-    # predicts occurrence.
+    # One matrix for input and output, as SmolLM2 has it? Two by default: the input row encodes meaning, the
+    # output row predicts occurrence.
     tied: bool = False
 
     # -- texts, all seen once: 51 for each token, as the assignment's 50-100 --
-    # (a) gets nearly half of them: it is the cheapest stage, and the only one that teaches without touching old weights.
+    # (a) gets nearly half of them: it is the cheapest stage, and the only one that teaches without touching
+    # old weights.
     texts_a: int = 24
     # Enough to see what a stage adds, few enough that every old row of the matrices moves little.
     texts_b: int = 9
@@ -64,27 +65,29 @@ class Config(task.Config):
     texts_c2: int = 9
 
     # -- the optimizer (dev figures of one comment share windows and numbers of texts, which have changed since) --
-    # Rows in (a): 38 steps took dev bits per byte from 1.731 to 1.589 at 1e-2 and to 1.596 at 2e-2; with four more terms
-    # and 45 steps, from 1.796 to 1.723 at 1e-3, 1.682 at 3e-3 and 1.661 at 1e-2. Usual rates are for matrices of which
-    # every row is trained all the time.
+    # Rows in (a): 38 steps took dev bits per byte from 1.731 to 1.589 at 1e-2 and to 1.596 at 2e-2; with four
+    # more terms and 45 steps, from 1.796 to 1.723 at 1e-3, 1.682 at 3e-3 and 1.661 at 1e-2. Usual rates are
+    # for matrices of which every row is trained all the time.
     lr_rows: float = 1e-2
-    # The same rows in (b) and later, still a parameter of their own: dev after (c2) was 1.168 (control 1.159), against
-    # 1.172 (1.161) when they were trained at the rate of the matrices.
+    # The same rows in (b) and later, still a parameter of their own: dev after (c2) was 1.168 (control
+    # 1.159), against 1.172 (1.161) when they were trained at the rate of the matrices.
     lr_rows_later: float = 3e-3
-    # Matrices in (b) and later, 28 million old weights: dev 1.564 at 1e-4, 1.516 at 3e-4, 1.435 at 1e-3. But general
-    # English got better at 3e-4 (1.067 to 1.059 bits per byte) and worse at 1e-3 (1.069).
+    # Matrices in (b) and later, 28 million old weights: dev 1.564 at 1e-4, 1.516 at 3e-4, 1.435 at 1e-3. But
+    # general English got better at 3e-4 (1.067 to 1.059 bits per byte) and worse at 1e-3 (1.069).
     lr_matrices: float = 3e-4
-    # LoRA weights have only 12 steps. Dev after (c1) was 1.370 at 1e-3 and lower at 2e-3, one run each, but 2e-3 is near
-    # the edge: with four Russian terms in batches of four (c2) diverged there, its loss rising from 2.9 to 4.2.
+    # LoRA weights have only 12 steps. Dev after (c1) was 1.370 at 1e-3 and lower at 2e-3, one run each, but
+    # 2e-3 is near the edge: with four Russian terms in batches of four (c2) diverged there, its loss rising
+    # from 2.9 to 4.2.
     lr_lora: float = 1e-3
     # No decay: it pulls a row towards 0, which is no better place for a word.
     weight_decay: float = 0.0
-    # Windows of about 45 tokens in a step, but never more than there are terms: a step is then 2,800 bytes of text and
-    # has most terms. The three rates were tuned at 16, so no profile changes it. Where there are fewer terms than
-    # batch_size, the rates fall with the square root of the batch, which is Adam's rule (Malladi et al. 2022,
-    # arXiv:2205.10782).
+    # Windows of about 45 tokens in a step, but never more than there are terms: a step is then 2,800 bytes of
+    # text and has most terms. The three rates were tuned at 16, so no profile changes it. Where there are
+    # fewer terms than batch_size, the rates fall with the square root of the batch, which is Adam's rule
+    # (Malladi et al. 2022, arXiv:2205.10782).
     batch_size: int = 16
-    # Share of a stage's steps in which the rate rises, because Adam's statistics are unreliable in its first steps.
+    # Share of a stage's steps in which the rate rises, because Adam's statistics are unreliable in its first
+    # steps.
     warmup: float = 0.1
     # The rate falls to zero within each stage.
     schedule: str = "cosine"
@@ -106,7 +109,8 @@ PROFILES = {
     "smoke": dict(texts_a=1, texts_b=1, texts_c1=1, texts_c2=1, batch_size=8, log_every=1),
     "cpu": dict(),
     "gpu": dict(
-        # The assignment's upper bound and more; a term with fewer than these 250 has the same shares of what it has.
+        # The assignment's upper bound and more; a term with fewer than these 250 has the same shares of what
+        # it has.
         texts_a=100,
         texts_b=50,
         texts_c1=50,
@@ -119,7 +123,8 @@ PROFILES = {
 # ------------------------------------------------------------------------------------------------- stages and arms
 
 class Stage(NamedTuple):
-    """What a stage trains: the arm's rows, the matrices they stand in if these have a rate, and LoRA on `layers`."""
+    """What a stage trains: the arm's rows, the matrices they stand in if these have a rate, and LoRA on
+    `layers`."""
     texts: int  # of each term
     lr_rows: float
     lr_matrices: float | None = None
@@ -128,7 +133,8 @@ class Stage(NamedTuple):
 
 
 def stages(cfg, batch_size: int) -> dict[str, Stage]:
-    """{stage: what it trains, in order}; the comment at `batch_size` in Config explains the scale of the rates."""
+    """{stage: what it trains, in order}; the comment at `batch_size` in Config explains the scale of the
+    rates."""
     scale = math.sqrt(batch_size / cfg.batch_size)
     rates = scale * cfg.lr_rows_later, scale * cfg.lr_matrices, scale * cfg.lr_lora
     return {
@@ -156,8 +162,8 @@ def arms(lexicon: task.Lexicon) -> list[Arm]:
 # ------------------------------------------------------------------------------------------------- one stage
 
 def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
-    """The model before training: untied unless cfg.tied, resized to the tokenizer, new rows initialised. Saved in
-    `target`; returns its stats."""
+    """The model before training: untied unless cfg.tied, resized to the tokenizer, new rows initialised.
+    Saved in `target`; returns its stats."""
     model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
     tied = model.config.tie_word_embeddings
     if cfg.tied and not tied:
@@ -173,8 +179,8 @@ def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
 
 def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: list[dict], batch_size: int,
                 dev: list[dict], log) -> dict:
-    """Train the checkpoint `source` on windows, in their order and once, and save it as `target`: LoRA is merged, and
-    rows and matrices are rounded to the model's own format. Returns the stats."""
+    """Train the checkpoint `source` on windows, in their order and once, and save it as `target`: LoRA is
+    merged, and rows and matrices are rounded to the model's own format. Returns the stats."""
     transformers.set_seed(cfg.seed)
     model = models.load_decoder(str(source), models.compute_name(cfg.compute))
     plain, frozen = embeddings.both(model), stage.lr_matrices is None
@@ -195,6 +201,7 @@ def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: 
     model = model.merge_and_unload() if stage.layers else model
     model.set_input_embeddings(plain[0])
     model.set_output_embeddings(plain[1])
+    model.config.use_cache = True  # the Trainer turned it off, which would make generation slow
     before = [layer.weight.detach().float() for layer in plain]
     embeddings.write_rows(model, arm.ids, rows, matrices)
     others = torch.ones(len(before[0]), dtype=torch.bool, device=model.device)
@@ -221,7 +228,8 @@ class WindowTrainer(Trainer):
 
 
 def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: int, log, name: str) -> dict:
-    """Train the parameter groups `learn` {"params", "lr"} of `model` on the windows `rows`; returns the stats."""
+    """Train the parameter groups `learn` {"params", "lr"} of `model` on the windows `rows`; returns the
+    stats."""
     start = task.start_ids(tokenizer)
     lines = [[*start, *task.ids_of(tokenizer, row["text"])] for row in rows]
     steps, precision = math.ceil(len(lines) / batch_size), models.compute_name(cfg.compute)
@@ -249,7 +257,8 @@ def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: 
 
 
 def save(cfg, arm: Arm, target: Path, model, dev: list[dict]) -> dict:
-    """Write a checkpoint that AutoModelForCausalLM and AutoTokenizer open; returns its bits per byte of dev windows."""
+    """Write a checkpoint that AutoModelForCausalLM and AutoTokenizer open; returns its bits per byte of dev
+    windows."""
     items = task.score(model.eval(), arm.tokenizer, dev, cfg.eval_batch_size)
     bits = sum(i["nats"] for i in items) / sum(i["bytes"] for i in items) / math.log(2)
     shutil.rmtree(target, ignore_errors=True)
@@ -261,8 +270,9 @@ def save(cfg, arm: Arm, target: Path, model, dev: list[dict]) -> dict:
 # ------------------------------------------------------------------------------------------------- all stages
 
 def train(cfg, arm: Arm, folder: Path, rows: list[dict], dev: list[dict], made_from: str, log) -> Iterator[tuple[str, dict]]:
-    """Train one arm on the windows `rows`, checkpoint after checkpoint under `folder`; yields (stage, stats), "init"
-    first. A finished stage has stage.json, and is not repeated for the same knobs, code and `made_from`."""
+    """Train one arm on the windows `rows`, checkpoint after checkpoint under `folder`; yields (stage, stats),
+    "init" first. A finished stage has stage.json, and is not repeated for the same knobs, code and
+    `made_from`."""
     batch_size = min(cfg.batch_size, len(windows.by_term(rows)))
     plan, seed = stages(cfg, batch_size), cfg.seed
     parts = windows.split_into_stages(rows, {name: stage.texts for name, stage in plan.items()})

@@ -30,7 +30,8 @@ from task3_tokenizer import embeddings, task
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # Held-out beginnings of each term that the model continues: does it write the term, and with which tokens?
+    # Held-out beginnings of each term that the model continues: does it write the term, and with which
+    # tokens?
     n_continued: int = 3
 
 
@@ -39,8 +40,8 @@ LAST = task.STAGES[-1]
 
 
 def continuations(model, tokenizer, rows, new_ids, n):
-    """Of n held-out beginnings right before each term: how often the term is written, and how often by its id in
-    `new_ids` {term: id}."""
+    """Of n held-out beginnings right before each term: how often the term is written, and how often by its id
+    in `new_ids` {term: id}."""
     chosen = [row for k, row in enumerate(rows) if sum(r["term"] == row["term"] for r in rows[:k]) < n]
     counts = {"continued": len(chosen), "term_written": 0, "term_written_by_new_id": 0}
     written = task.generate(model, tokenizer, [row["text"][:row["start"] - 1] for row in chosen], 8)
@@ -53,8 +54,9 @@ def continuations(model, tokenizer, rows, new_ids, n):
 
 
 def term_rows(lexicon, rows, items, old_pieces, cosines, definitions):
-    """A result row for each term: bits per occurrence of each model, the new model's words with the id or the old pieces
-    ("either": their probabilities added) minus the control's, the nearest words and what the models say it means."""
+    """A result row for each term: bits per occurrence of each model, the new model's words with the id or the
+    old pieces ("either": their probabilities added) minus the control's, the nearest words and what the
+    models say it means."""
     table = []
     for term, new_id in lexicon.ids.items():
         mine = [k for k, row in enumerate(rows) if row["term"] == term]

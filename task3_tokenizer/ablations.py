@@ -42,8 +42,8 @@ class Config(task.Config):
     curve: str = "0 5 25 50 100 200"
     # Terms of the curve over texts per token, those with the most texts: few have 200.
     n_curve: int = 6
-    # Further seeds through all stages, both arms: another order of texts and another adapter change the result, which no
-    # interval over texts shows. 10 minutes each on 2 cores.
+    # Further seeds through all stages, both arms: another order of texts and another adapter change the
+    # result, which no interval over texts shows. 10 minutes each on 2 cores.
     seeds: int = 1
 
 
@@ -67,7 +67,8 @@ CURVE = "texts per token"
 
 
 def stored(run, name: str, given: list, make, *arguments) -> dict:
-    """What `make(folder, *arguments)` returned, stored as results.cached says; the folder it trains in is removed."""
+    """What `make(folder, *arguments)` returned, stored as results.cached says; the folder it trains in is
+    removed."""
     folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
     values = results.cached(folder.with_suffix(".json"), [name, *given], partial(make, folder, *arguments))
     shutil.rmtree(folder, ignore_errors=True)
@@ -75,8 +76,8 @@ def stored(run, name: str, given: list, make, *arguments) -> dict:
 
 
 def trained(folder, cfg, arm, n_stages, rows, dev, data, tests, terms=()):
-    """{kind: items} of `tests` {kind: rows}, scored after the first stages of `arm`, the stats of the last of them, and
-    the "cosines" of the output rows of `terms`, which have one id in the arm's tokenizer."""
+    """{kind: items} of `tests` {kind: rows}, scored after the first stages of `arm`, the stats of the last of
+    them, and the "cosines" of the output rows of `terms`, which have one id in the arm's tokenizer."""
     stages = training.train(cfg, arm, folder, rows, dev, data, lambda **values: None)  # no line for each step
     for stage, stats in itertools.islice(stages, 1 + n_stages):
         last = folder / stage
@@ -92,7 +93,8 @@ def arm_of(way, lexicon):
     """The arm with new tokens, added in one of vocabulary.ways."""
     if way == "entry and merges":
         return training.arms(lexicon)[0]
-    # A plain AddedToken leaves the space outside, and a word that is an entry without space keeps its id and row.
+    # A plain AddedToken leaves the space outside, and a word that is an entry without space keeps its id and
+    # row.
     tokenizer = vocabulary.ways(lexicon.old, list(lexicon.ids), lexicon.new)[way]
     pieces_of = {task.ids_of(tokenizer, word)[-1]: task.ids_of(lexicon.old, word) for word in lexicon.ids}
     return training.Arm("new", tokenizer, pieces_of, sorted(pieces_of))

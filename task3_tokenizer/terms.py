@@ -1,4 +1,5 @@
-"""Which words deserve a token: those found by keyness, fragmentation and spread, or a list that a person made."""
+"""Which words deserve a token: those found by keyness, fragmentation and spread, or a list that a person
+made."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def count(texts: list[str]) -> tuple[Counter, Counter]:
 
 
 def keyness(count: int, total: int, other: int, other_total: int) -> float:
-    """Signed square root of the log-likelihood ratio G2 (Dunning 1993): by how many standard deviations a word is more
-    frequent here than in general text; negative where it is rarer."""
+    """Signed square root of the log-likelihood ratio G2 (Dunning 1993): by how many standard deviations a
+    word is more frequent here than in general text; negative where it is rarer."""
     rate = (count + other) / (total + other_total)
     g2 = 2 * sum(k * math.log(k / (n * rate)) for k, n in ((count, total), (other, other_total)) if k)
     return math.copysign(math.sqrt(max(0.0, g2)), count / total - other / other_total)
@@ -52,9 +53,10 @@ def find(tokenizer, train: list[str], held_out: list[str], general: list[str], l
     """Candidates, best first: {"term", "score", "keyness", "pieces" (texts), "documents",
     "held_out_documents", "rejected" (reason or None)}.
 
-    score = keyness x (pieces - 1) x log(1 + documents): far more frequent here than in general English, tokens saved
-    by each occurrence, and spread over texts, so that no single one supplies the word. Candidates are words of two
-    pieces or more in at least half of `least` documents, so that near misses are shown too.
+    score = keyness x (pieces - 1) x log(1 + documents): far more frequent here than in general English,
+    tokens saved by each occurrence, and spread over texts, so that no single one supplies the word.
+    Candidates are words of two pieces or more in at least half of `least` documents, so that near misses are
+    shown too.
     """
     occurrences, documents = count(train)
     _, held_documents = count(held_out)
@@ -72,8 +74,9 @@ def find(tokenizer, train: list[str], held_out: list[str], general: list[str], l
 
 
 def read_terms(path: Path, tokenizer) -> list[dict]:
-    """Rows of a hand-made list {term, anchors, negative_anchors (lists), definition}. SystemExit with the line for bad
-    UTF-8, no rows, missing columns, what vocabulary.check_terms refuses, or an anchor that is not a single token."""
+    """Rows of a hand-made list {term, anchors, negative_anchors (lists), definition}. SystemExit with the
+    line for bad UTF-8, no rows, missing columns, what vocabulary.check_terms refuses, or an anchor that is
+    not a single token."""
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
     except UnicodeDecodeError as err:

@@ -1,9 +1,9 @@
 """New words as real entries of a byte-level BPE vocabulary: an id for `Ġterm` and the merges that lead to it.
 
-No AddedToken does this for an ordinary word, because they are cut out of the raw text before pre-tokenisation. A plain
-one also matches inside longer words and leaves the space before it as a token of its own; `lstrip` removes that space
-and decoding does not bring it back; " term" with `single_word` never matches inside a sentence. `ways` builds them all,
-and tests/test_vocabulary.py shows what each does.
+No AddedToken does this for an ordinary word, because they are cut out of the raw text before
+pre-tokenisation. A plain one also matches inside longer words and leaves the space before it as a token of
+its own; `lstrip` removes that space and decoding does not bring it back; " term" with `single_word` never
+matches inside a sentence. `ways` builds them all, and tests/test_vocabulary.py shows what each does.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ def check_terms(tokenizer, terms: list[str]) -> None:
 
 
 def extend(tokenizer, terms: list[str]):
-    """(tokenizer with one id for each " term", {entry: {"id", "term" or None, "left", "right"}} of what was added).
+    """(tokenizer with one id for each " term", {entry: {"id", "term" or None, "left", "right"}} of what was
+    added).
 
-    A word of k pieces needs k - 1 merges, which join its present pieces from left to right, and k - 2 entries in
-    between. They come after all old merges, so text without a new word keeps its ids. A term whose pieces an earlier
-    term changed is built on the changed ones. Entries are in the order of their ids. SystemExit as in `check_terms`;
-    AssertionError if an old id moved or a term is not one token in the end.
+    A word of k pieces needs k - 1 merges, which join its present pieces from left to right, and k - 2 entries
+    in between. They come after all old merges, so text without a new word keeps its ids. A term whose pieces
+    an earlier term changed is built on the changed ones. Entries are in the order of their ids. SystemExit as
+    in `check_terms`; AssertionError if an old id moved or a term is not one token in the end.
     """
     check_terms(tokenizer, terms)
     old, state, added = tokenizer.get_vocab(), json.loads(tokenizer.backend_tokenizer.to_str()), {}
@@ -98,8 +99,8 @@ def _with_state(tokenizer, state: dict):
 
 
 def ways(tokenizer, terms: list[str], extended) -> dict:
-    """{name: tokenizer} of every way to add `terms`: AddedToken with each combination of options that people use, and
-    entries with merges (`extended`, made by `extend`)."""
+    """{name: tokenizer} of every way to add `terms`: AddedToken with each combination of options that people
+    use, and entries with merges (`extended`, made by `extend`)."""
     built = {}
     for name, space, options in (("AddedToken", "", {}), ("AddedToken lstrip", "", {"lstrip": True}),
                                  ("AddedToken single_word", "", {"single_word": True}),

@@ -1,5 +1,5 @@
-"""Windows: whole words around one occurrence of a term. How they are drawn, kept free of near copies, and put into the
-order in which 03 trains on them."""
+"""Windows: whole words around one occurrence of a term. How they are drawn, kept free of near copies, and put
+into the order in which 03 trains on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from common import corpus
 
 # Characters around an occurrence: about 50 tokens, what Token Distillation (arXiv:2505.20133) trains on.
 BEFORE, AFTER = 110, 60
-# A held-out window that shares half of its 5-word shingles with a training window is a copy with other numbers in it.
+# A held-out window that shares half of its 5-word shingles with a training window is a copy with other
+# numbers in it.
 JACCARD = 0.5
 
 
@@ -23,16 +24,17 @@ def places(text: str, term: str) -> list[int]:
 
 
 def around(text: str, start: int, length: int) -> dict:
-    """{"text", "start", "end"}: whole words, about 180 characters, around text[start:start + length], beginning with a
-    space."""
+    """{"text", "start", "end"}: whole words, about 180 characters, around text[start:start + length],
+    beginning with a space."""
     left = max(0, text.rfind(" ", 0, max(1, start - BEFORE)))
     right = text.find(" ", start + length + AFTER)
     return {"text": text[left:right if right > 0 else None], "start": start - left, "end": start - left + length}
 
 
 def draw(docs: list[dict], word: str, n: int, rng, fits, taken: set) -> list[dict]:
-    """Windows around one occurrence of `word` in each of at most n documents, drawn with `rng`. `fits(window)` says
-    which can be used; `taken` collects the documents, and those in it are not used again."""
+    """Windows around one occurrence of `word` in each of at most n documents, drawn with `rng`.
+    `fits(window)` says which can be used; `taken` collects the documents, and those in it are not used
+    again."""
     windows = []
     for doc in rng.sample(docs, len(docs)):
         if len(windows) == n:
@@ -72,8 +74,8 @@ def by_term(rows: list[dict]) -> list[list[dict]]:
 
 
 def texts_per_stage(asked: dict[str, int], windows: int) -> dict[str, int]:
-    """{stage: texts} of a term with so many windows: what is `asked`, or the same share of it in every stage if there
-    are fewer. SystemExit if a stage would get none."""
+    """{stage: texts} of a term with so many windows: what is `asked`, or the same share of it in every stage
+    if there are fewer. SystemExit if a stage would get none."""
     if min(asked.values()) < 1 or windows < len(asked):
         raise SystemExit(f"texts per term and stage {asked}, windows of a term {windows}: every stage needs at least one")
     share = min(1.0, windows / sum(asked.values()))
@@ -97,8 +99,8 @@ def split_into_stages(rows: list[dict], asked: dict[str, int]) -> dict[str, list
 def interleave_terms(rows: list[dict], seed: int, batch_size: int) -> list[dict]:
     """The windows in rounds of one of each term, in random order.
 
-    Within spans of 8 batches, similar lengths come together (7 % of the tokens are then padding instead of 25 %), and
-    the full batches of a span are shuffled again.
+    Within spans of 8 batches, similar lengths come together (7 % of the tokens are then padding instead of 25
+    %), and the full batches of a span are shuffled again.
     """
     rng, groups, rounds, ordered = random.Random(seed), by_term(rows), [], []
     for k in range(max(map(len, groups))):

@@ -211,7 +211,7 @@ def test_a_term_alone_can_be_encoded_by_another_tokenizer(tokenizer, extended):
     (ids, place), (other, where) = task.encode(new, row), task.encode(new, row, tokenizer)
     assert other[slice(*where)] == task.ids_of(tokenizer, " NetworkX") and place[1] - place[0] == 1
     assert other[:where[0]] == ids[:place[0]] and other[where[1]:] == ids[place[1]:]
-    across = {"text": " the undirectedness of it", "start": 5, "end": 8}  # tokens reach over these borders
+    across = {"text": " the undirectedness of it", "start": 5, "end": 7}  # a token reaches over the border
     assert task.encode(tokenizer, across) == (task.ids_of(tokenizer, across["text"]), None)
 
 
