@@ -1,6 +1,6 @@
-"""Question: which words does the vocabulary lack, and are there enough texts to teach and to test each of them?
+"""Question: which words does the vocabulary lack, and are there texts enough to teach and test each of them?
 
-Reads   docstrings of the installed packages (or DATA=: JSONL/CSV/Parquet/hub id with `text`), and terms.csv beside this
+Reads   docstrings of the installed packages (or DATA=: JSONL/CSV/Parquet/hub id with `text`), and terms.csv
 Writes  results/<run>/task3_tokenizer/01_data.json; under runs/<run>/task3_tokenizer/ terms.json, tokenizer/
         (with the new words) and {train,dev,test}.jsonl
 Needs   about 30 s and 1 GB; 70 s if the corpus is not yet parsed
@@ -9,7 +9,7 @@ Needs   about 30 s and 1 GB; 70 s if the corpus is not yet parsed
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
 
 from common import results
 
@@ -22,7 +22,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 
-from common import models
+from common import corpus, models
 from task3_tokenizer import task, terms, vocabulary, windows
 
 
@@ -71,8 +71,8 @@ def list_of_terms(cfg):
     path = task.HERE / {"ru": "terms_ru.csv"}.get(cfg.terms, cfg.terms)
     path = path if path.is_file() else Path(cfg.terms).expanduser()
     if not path.is_file():
-        raise SystemExit(f"terms={cfg.terms}: no such file; a CSV with columns {','.join(terms.COLUMNS)}, or terms=found "
-                         "or terms=ru")
+        raise SystemExit(f"terms={cfg.terms}: no such file; a CSV with columns {','.join(terms.COLUMNS)}, or "
+                         "terms=found or terms=ru")
     return path
 
 
@@ -80,15 +80,16 @@ def choose(cfg, tokenizer, candidates, path, train, held_out):
     """The terms of the list, or all candidates that were accepted, best first: {term, anchors,
     negative_anchors, definition}. SystemExit for a listed one that has too few documents."""
     if path is None:
-        return [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""} for r in candidates
-                if r["rejected"] is None]
+        return [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""}
+                for r in candidates if r["rejected"] is None]
     chosen = terms.read_terms(path, tokenizer)
     for row in chosen:
-        n, n_held_out = (sum(bool(windows.places(t, row["term"])) for t in texts) for texts in (train, held_out))
+        n, n_held_out = (sum(bool(windows.places(text, row["term"])) for text in texts)
+                         for texts in (train, held_out))
         if n < cfg.least_windows or n_held_out < cfg.least_held_out:
-            raise SystemExit(f"{path.name}: {row['term']!r} is in {n} training and {n_held_out} held-out documents, "
-                             f"{cfg.least_windows} and {cfg.least_held_out} needed: more texts, another word, or "
-                             "SET=terms=found")
+            raise SystemExit(f"{path.name}: {row['term']!r} is in {n} training and {n_held_out} held-out "
+                             f"documents, {cfg.least_windows} and {cfg.least_held_out} needed: more texts, "
+                             "another word, or SET=terms=found")
     return chosen
 
 
@@ -110,27 +111,30 @@ def main(run):
     docs = sorted(task.documents(cfg), key=lambda d: d["text"])
     split = {name: [d for d in docs if d["split"] == name] for name in ("train", "dev", "test")}
     train, held_out = ([d["text"] for d in split[name]] for name in ("train", "test"))
-    general = task.general_texts()
+    sciq = [row["support"] for row in corpus.general_english()]  # general English that nothing here trains on
+    general = sorted({" " + " ".join(text.split()) for text in sciq if len(text) > 200})
     candidates = terms.find(tokenizer, train, held_out, general, cfg.least_texts, cfg.least_held_out)
     chosen = choose(cfg, tokenizer, candidates, path, train, held_out)
     extended, _ = vocabulary.extend(tokenizer, [row["term"] for row in chosen])
 
-    def fits(window):  # no token may reach over the borders of the term, which could then not be scored on its own
+    def fits(window):  # if a token reached over the borders of the term, it could not be scored on its own
         return all(task.encode(way, window)[1] is not None for way in (tokenizer, extended))
 
     # Training windows; a term stays if it has enough that are no near copies of each other.
-    drawn = [w for row in chosen for w in windows.draw(split["train"], row["term"], 2 * cfg.n_windows, rng, fits, set())]
+    drawn = [window for row in chosen
+             for window in windows.draw(split["train"], row["term"], 2 * cfg.n_windows, rng, fits, set())]
     taught = windows.distinct([], drawn, "term", cfg.n_windows)
     n_train = Counter(w["term"] for w in taught)
     few = [row["term"] for row in chosen if n_train[row["term"]] < cfg.least_windows]
     if path and few:
-        raise SystemExit(f"{path.name}: {few[0]!r} has {n_train[few[0]]} distinct windows to train on, {cfg.least_windows} "
-                         f"needed: more texts, another word, or SET=least_windows={n_train[few[0]]}")
+        n = n_train[few[0]]
+        raise SystemExit(f"{path.name}: {few[0]!r} has {n} distinct windows to train on, {cfg.least_windows} "
+                         f"needed: more texts, another word, or SET=least_windows={n}")
     chosen = [row for row in chosen if row["term"] not in few][:None if path else cfg.n_terms]
     if not chosen:
-        raise SystemExit(f"no word has two tokens or more, {cfg.least_texts} training documents, {cfg.least_windows} "
-                         f"distinct windows in them and {cfg.least_held_out} held-out documents: more texts, or "
-                         "SET='least_texts=.. least_windows=.. least_held_out=..'")
+        raise SystemExit(f"no word has two tokens or more, {cfg.least_texts} training documents, "
+                         f"{cfg.least_windows} distinct windows in them and {cfg.least_held_out} held-out "
+                         "documents: more texts, or SET='least_texts=.. least_windows=.. least_held_out=..'")
     words = [row["term"] for row in chosen]
     extended, added = vocabulary.extend(tokenizer, words)
     taught = [w for w in taught if w["term"] in words]
@@ -144,8 +148,8 @@ def main(run):
     uses.sort(key=lambda w: words.index(w["term"]))
     new_ids = {entry["id"] for entry in added.values()}
     without = [text for text in held_out if not new_ids & {*task.ids_of(extended, text)}]
-    others = [{"set": kind, "text": shortened(text)}
-              for kind, pool in (("any text", held_out), ("without terms", without), ("general English", general))
+    pools = {"any text": held_out, "without terms": without, "general English": general}
+    others = [{"set": kind, "text": shortened(text)} for kind, pool in pools.items()
               for text in rng.sample(pool, min(len(pool), 2 * cfg.n_texts))]
 
     # Nothing held out may be a near copy of a training window or of another held-out text of its kind.
@@ -153,11 +157,10 @@ def main(run):
     others = windows.distinct(taught, others, "set", cfg.n_texts)
     leaks = sum(windows.near_copies(taught, uses)) + sum(windows.near_copies(taught, others))
     assert not leaks, f"{leaks} held-out windows repeat training"
-    sizes, n_uses = Counter(row["set"] for row in others), Counter(row["term"] for row in uses)
-    others = [row for row in others if sizes[row["set"]] > 1]
+    n_uses = Counter(row["term"] for row in uses)
     if few := [word for word in words if n_uses[word] < 2]:
-        raise SystemExit(f"{few[0]!r} has {n_uses[few[0]]} held-out windows that are no near copies, 2 needed: more "
-                         "texts, or another word")
+        raise SystemExit(f"{few[0]!r} has {n_uses[few[0]]} held-out windows without near copies, 2 needed: "
+                         "more texts, or another word")
     if not dev:
         raise SystemExit("no dev document has a term: more texts, or a split column with dev in it")
 
@@ -165,22 +168,23 @@ def main(run):
               "candidates": len(candidates),
               "accepted": sum(r["rejected"] is None for r in candidates), "terms_taken": len(words),
               "new_entries": len(added), "training_windows": len(taught),
-              "least_training_windows_of_a_term": min(n_train[word] for word in words), "held_out_uses": len(uses),
-              "test_documents_without_a_term": len(without), "held_out_windows_near_training": leaks}
+              "least_training_windows_of_a_term": min(n_train[word] for word in words),
+              "held_out_uses": len(uses), "held_out_windows_near_training": leaks}
     table = [{"table": "counts", "name": "all", "metric": k, "value": v} for k, v in counts.items()]
     table += [{"table": "candidates", "name": r["term"], "metric": "score", "value": r["score"], **r,
                "taken": r["term"] in words} for r in candidates]
-    table += [{"table": "terms", "name": r["term"], "metric": "training_windows", "value": n_train[r["term"]], **r,
-               "held_out_uses": n_uses[r["term"]]} for r in chosen]
+    table += [{"table": "terms", "name": r["term"], "metric": "training_windows", "value": n_train[r["term"]],
+               "held_out_uses": n_uses[r["term"]], **r} for r in chosen]
     run.folder.mkdir(parents=True, exist_ok=True)
-    results.write_atomic(run.folder / "terms.json", json.dumps({"terms": chosen, "added": added}, ensure_ascii=False))
+    lexicon = {"terms": chosen, "added": added}
+    results.write_atomic(run.folder / "terms.json", json.dumps(lexicon, ensure_ascii=False))
     shutil.rmtree(run.folder / "tokenizer", ignore_errors=True)
     extended.save_pretrained(run.folder / "tokenizer")
     for name, rows in {"train": taught, "dev": dev, "test": uses + others}.items():
         results.write_rows(run.folder / f"{name}.jsonl", rows)
     run.save(table, artifacts=["terms.json", "tokenizer", "train.jsonl", "dev.jsonl", "test.jsonl"])
-    run.log(candidates=len(candidates), terms=len(words), least_windows_of_a_term=min(n_train[word] for word in words),
-            uses=len(uses), leaks=leaks)
+    run.log(candidates=len(candidates), terms=len(words), uses=len(uses), leaks=leaks,
+            least_windows_of_a_term=counts["least_training_windows_of_a_term"])
 
 
 if __name__ == "__main__":

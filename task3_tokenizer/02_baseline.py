@@ -1,15 +1,15 @@
-"""Question: how are these words tokenized now, which way of adding them is right, and how well does the model know them?
+"""Question: how are these words tokenized now, how should they be added, and does the model know them?
 
 Reads   terms.json, tokenizer/ and test.jsonl of 01, under runs/<run>/task3_tokenizer/
-Writes  results/<run>/task3_tokenizer/02_baseline.json, runs/<run>/task3_tokenizer/items_base.json (a score per text, for
-        the paired tests of 04)
+Writes  results/<run>/task3_tokenizer/02_baseline.json, runs/<run>/task3_tokenizer/items_base.json (a score of
+        each text, for the paired tests of 04)
 Needs   about 1 min and 2 GB on 2 cores
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
 
 from common import results
 
@@ -17,22 +17,13 @@ if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the seconds that the next imports take
 
 import json
-import math
 import re
-from dataclasses import dataclass
 
 from common import models
 from task3_tokenizer import task, vocabulary
 
-
-@dataclass(frozen=True)
-class Config(task.Config):
-    # Test texts, every k-th, on which the ways of adding tokens are compared, beside sentences of ours.
-    n_compare: int = 200
-
-
-PROFILES = {"smoke": dict(n_compare=20), "cpu": dict(), "gpu": dict()}
-# Line breaks, several spaces, Cyrillic, emoji and code, with {} for a term.
+PROFILES = {"smoke": dict(), "cpu": dict(), "gpu": dict()}
+# Test sentences of ours: line breaks, several spaces, Cyrillic, emoji and code, with {} for a term.
 FRAMES = ("The {} of it.", "see\n\n  {}, or ({}) and\t{}!", "Сегодня {} 😀 и ещё {}", "x{}x {}s my{} {}-like",
           "def f({}):\n    return {}  # ünï")
 # Around {} the term should be one token.
@@ -49,11 +40,12 @@ def compare_ways(tokenizer, extended, terms, texts):
     table = []
     for name, way in {"as it was": tokenizer, **vocabulary.ways(tokenizer, terms, extended)}.items():
         ids = {text: task.ids_of(way, text) for text in texts}
-        table += [{"table": "ways", "name": name, "metric": metric, "value": value, "n": n} for metric, value, n in (
+        one = [any(way.decode([i]).strip() == term for i in task.ids_of(way, text)) for text, term in places]
+        other = [task.ids_of(way, f" {word}") != before[word] for word in others]
+        table += [{"table": "ways", "name": name, "metric": k, "value": value, "n": n} for k, value, n in (
             ("round_trip_share", sum(way.decode(i) == text for text, i in ids.items()) / len(ids), len(ids)),
-            ("one_token_share", sum(any(way.decode([i]).strip() == term for i in task.ids_of(way, text))
-                                    for text, term in places) / len(places), len(places)),
-            ("other_words_tokenized_differently", sum(task.ids_of(way, f" {w}") != before[w] for w in others), len(others)),
+            ("one_token_share", sum(one) / len(one), len(one)),
+            ("other_words_tokenized_differently", sum(other), len(other)),
             ("tokens_per_text", sum(map(len, ids.values())) / len(ids), len(ids)))]
     return table
 
@@ -67,23 +59,23 @@ def main(run):
         ids = task.ids_of(tokenizer, f" {word}")
         pieces = [tokenizer.decode([i]) for i in ids]
         print(f"{word!r}: {' | '.join(map(repr, pieces))}  ids {ids}  ->  new id {new_id}")
-        table.append({"table": "pieces", "name": word, "metric": "pieces", "value": len(ids), "pieces": pieces,
-                      "ids": ids, "bytes": len(f" {word}".encode()), "new_id": new_id})
+        table.append({"table": "pieces", "name": word, "metric": "pieces", "value": len(ids), "ids": ids,
+                      "pieces": pieces, "bytes": len(f" {word}".encode()), "new_id": new_id})
     table += [{"table": "between", "name": entry, "metric": "id", "value": what["id"],
                "text": tokenizer.convert_tokens_to_string([entry])}
               for entry, what in lexicon.added.items() if what["term"] is None]
 
     texts = [row["text"] for rows in task.test_sets(run).values() for row in rows]
-    table += compare_ways(tokenizer, lexicon.new, words, texts[::math.ceil(len(texts) / cfg.n_compare)])
+    table += compare_ways(tokenizer, lexicon.new, words, texts)
 
     model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
     matrix = model.get_input_embeddings().weight
     table += [{"table": "size", "name": "base", "metric": k, "value": v} for k, v in {
-        "parameters": models.size(model)["parameters"], "vocabulary": matrix.shape[0], "hidden": matrix.shape[1],
+        "vocabulary": len(matrix), "hidden": matrix.shape[1],
         "tied": int(model.config.tie_word_embeddings), "new_rows": len(lexicon.added)}.items()]
     items = task.measure(run, model, tokenizer)
-    for kind, part in items.items():
-        table += task.rows_of(kind, "base", part)
+    for kind, own in items.items():
+        table += task.rows_of(kind, "base", own)
     table += [{"table": "definitions", "name": word, "metric": "text", "value": None, "text": text}
               for word, text in task.define(model, tokenizer, words, cfg).items()]
     results.write_atomic(run.folder / "items_base.json", json.dumps(items))
@@ -93,4 +85,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    results.start(main, task.Config, task.PROFILES, PROFILES)

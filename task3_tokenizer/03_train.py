@@ -1,19 +1,21 @@
-"""Question: what do new rows, whole matrices and LoRA each add, and does the same training without new tokens do as well?
+"""Question: what do new rows, whole matrices and LoRA each add, and is it more than without new tokens?
 
-Two models are trained on the same texts in the same order, the two arms of the experiment: "new" has the terms as
-single tokens, "control" keeps the old tokenizer. Each goes through four stages, every one with a fresh optimizer:
-(a) rows of tokens only, (b) input embedding and output head, (c1) these and LoRA on the attention, (c2) LoRA on the
-MLP as well. A stage reads a checkpoint that plain transformers can open, and writes another.
+Two models are trained on the same texts in the same order, the arms of the experiment: "new" has the terms as
+single tokens, "control" keeps the old tokenizer. Each goes through four stages, every one with a fresh
+optimizer: (a) rows of tokens only, (b) input embedding and output head, (c1) these and LoRA on the attention,
+(c2) LoRA on the MLP as well. A stage reads a checkpoint that plain transformers can open, and writes another.
 
 Reads   terms.json, tokenizer/ and {train,dev}.jsonl of 01, under runs/<run>/task3_tokenizer/
-Writes  results/<run>/task3_tokenizer/03_train.json, runs/<run>/task3_tokenizer/{new,control}/{init,a,b,c1,c2}/
-Needs   about 7 min and 11 GB on 2 cores, 3 GB of disk. Interrupted, the same command repeats only the stage it was in.
+Writes  results/<run>/task3_tokenizer/03_train.json; checkpoints under runs/<run>/task3_tokenizer/, in
+        {new,control}/{init,a,b,c1,c2}/
+Needs   about 7 min and 11 GB on 2 cores, 3 GB of disk. Interrupted, the same command goes on after the last
+        finished stage.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
 
 from common import results
 
@@ -64,7 +66,7 @@ class Config(task.Config):
     # As (b).
     texts_c2: int = 9
 
-    # -- the optimizer (dev figures of one comment share windows and numbers of texts, which have changed since) --
+    # -- the optimizer; dev figures of one comment share texts, which differ from those of other comments --
     # Rows in (a): 38 steps took dev bits per byte from 1.731 to 1.589 at 1e-2 and to 1.596 at 2e-2; with four
     # more terms and 45 steps, from 1.796 to 1.723 at 1e-3, 1.682 at 3e-3 and 1.661 at 1e-2. Usual rates are
     # for matrices of which every row is trained all the time.
@@ -120,7 +122,7 @@ PROFILES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- stages and arms
+# ---------------------------------------------------------------------------------- stages and arms
 
 class Stage(NamedTuple):
     """What a stage trains: the arm's rows, the matrices they stand in if these have a rate, and LoRA on
@@ -159,7 +161,7 @@ def arms(lexicon: task.Lexicon) -> list[Arm]:
             Arm("control", lexicon.old, {}, sorted(pieces))]
 
 
-# ------------------------------------------------------------------------------------------------- one stage
+# ---------------------------------------------------------------------------------- one stage
 
 def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
     """The model before training: untied unless cfg.tied, resized to the tokenizer, new rows initialised.
@@ -170,8 +172,8 @@ def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
         raise SystemExit(f"tied=true: {cfg.model} has an output head of its own; leave it untied")
     if tied and not cfg.tied:
         embeddings.untie(model)
-    rows = max(len(arm.tokenizer), len(model.get_input_embeddings().weight))  # a padded matrix is never made smaller
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    now = len(model.get_input_embeddings().weight)
+    model.resize_token_embeddings(max(now, len(arm.tokenizer)), mean_resizing=False)
     if arm.pieces_of:
         embeddings.initialise(model, arm.pieces_of, cfg.init, cfg.seed)
     return save(cfg, arm, target, model, dev)
@@ -189,8 +191,8 @@ def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: 
     if stage.layers:
         attention = [name for name in models.linear_layers(model) if "attn" in name or "attention" in name]
         model = get_peft_model(model, LoraConfig(
-            task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, bias="none",
-            target_modules=attention if stage.layers == "attention" else stage.layers))
+            task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+            bias="none", target_modules=attention if stage.layers == "attention" else stage.layers))
         for parameter in rows + matrices:  # PEFT freezes everything that it did not make
             parameter.requires_grad_(True)
         lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
@@ -204,12 +206,11 @@ def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: 
     model.config.use_cache = True  # the Trainer turned it off, which would make generation slow
     before = [layer.weight.detach().float() for layer in plain]
     embeddings.write_rows(model, arm.ids, rows, matrices)
-    others = torch.ones(len(before[0]), dtype=torch.bool, device=model.device)
-    others[arm.ids] = False
     for side, old, layer in zip(("input", "output"), before, plain):
-        change = (layer.weight.detach().float() - old)[others].abs().max().item()
-        assert not frozen or change == 0, f"{target}: rows moved that this stage does not train"
-        stats[f"{side}_largest_change_of_other_rows"] = change
+        moved = (layer.weight.detach().float() - old).abs()
+        moved[arm.ids] = 0
+        assert not frozen or not moved.any(), f"{target}: rows moved that this stage does not train"
+        stats[f"{side}_largest_change_of_other_rows"] = moved.max().item()
     return stats | save(cfg, arm, target, model, dev)
 
 
@@ -248,9 +249,11 @@ def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: 
     started = time.time()
     trainer.train()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # undoes the autocast around its forward
-    stats = {"steps": steps, "texts": len(rows), "tokens": sum(map(len, lines)), "seconds": time.time() - started,
+    readings = [reading for reading in trainer.state.log_history if "loss" in reading]
+    stats = {"steps": steps, "texts": len(rows), "tokens": sum(map(len, lines)),
+             "seconds": time.time() - started,
              "trainable_parameters": sum(p.numel() for group in learn for p in group["params"]),
-             "losses": [{"step": h["step"], "value": h["loss"]} for h in trainer.state.log_history if "loss" in h]}
+             "losses": [{"step": reading["step"], "value": reading["loss"]} for reading in readings]}
     del trainer
     gc.collect()  # trainer and model hold each other, and with them the optimizer's state
     return stats
@@ -267,9 +270,10 @@ def save(cfg, arm: Arm, target: Path, model, dev: list[dict]) -> dict:
     return {"dev_bits_per_byte": bits}
 
 
-# ------------------------------------------------------------------------------------------------- all stages
+# ---------------------------------------------------------------------------------- all stages
 
-def train(cfg, arm: Arm, folder: Path, rows: list[dict], dev: list[dict], made_from: str, log) -> Iterator[tuple[str, dict]]:
+def train(cfg, arm: Arm, folder: Path, rows: list[dict], dev: list[dict], made_from: str,
+          log) -> Iterator[tuple[str, dict]]:
     """Train one arm on the windows `rows`, checkpoint after checkpoint under `folder`; yields (stage, stats),
     "init" first. A finished stage has stage.json, and is not repeated for the same knobs, code and
     `made_from`."""
@@ -289,20 +293,19 @@ def train(cfg, arm: Arm, folder: Path, rows: list[dict], dev: list[dict], made_f
 
 
 def main(run):
-    cfg, data, lexicon = run.cfg, run.load("01_data"), task.lexicon(run)
+    cfg, data, lexicon = run.cfg, results.result_hash(run.load("01_data")), task.lexicon(run)
     rows, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
     asked = {name: stage.texts for name, stage in stages(cfg, cfg.batch_size).items()}
     n_windows = Counter(row["term"] for row in rows)
-    if fewer := [n for n in n_windows.values() if n < sum(asked.values())]:
-        print(f"{len(fewer)} terms have fewer than {sum(asked.values())} windows, the fewest {min(fewer)}: each stage gets "
-              "its share")
     table = [{"table": "texts of a term", "name": term, "stage": stage, "metric": "texts", "value": texts}
-             for term, n in n_windows.items() for stage, texts in windows.texts_per_stage(asked, n).items()]
+             for term, n in n_windows.items()
+             for stage, texts in windows.texts_per_stage(asked, n).items()]
     tokens, seconds, dev_bits = 0, 0.0, {}
     for arm in arms(lexicon):
-        for stage, stats in train(cfg, arm, run.folder / arm.name, rows, dev, results.result_hash(data), run.log):
+        for stage, stats in train(cfg, arm, run.folder / arm.name, rows, dev, data, run.log):
             about = {"name": arm.name, "stage": stage}
-            table += [{"table": "curve", **about, "metric": "loss", **loss} for loss in stats.pop("losses", [])]
+            losses = stats.pop("losses", [])
+            table += [{"table": "curve", **about, "metric": "loss", **loss} for loss in losses]
             table += [{"table": "training", **about, "metric": k, "value": v} for k, v in stats.items()
                       if k != "identity"]
             tokens, seconds = tokens + stats.get("tokens", 0), seconds + stats.get("seconds", 0)

@@ -1,8 +1,8 @@
-"""Question: what do the new tokens know after each stage, what did they cost, and is any of them worth having?
+"""Question: what do the new tokens know after each stage, what did they cost, and is any worth having?
 
-Every checkpoint is opened from disk as any user would open it. The fair comparison is with the control, which saw the
-same texts in the same stages without new tokens: compared with the untrained base, any training looks like a success
-of the new tokens.
+Every checkpoint is opened from disk as any user would open it. The fair comparison is with the control, which
+saw the same texts in the same stages without new tokens: compared with the untrained base, any training looks
+like a success of the new tokens.
 
 Reads   02_baseline.json and items_base.json of 02, {new,control}/ of 03
 Writes  results/<run>/task3_tokenizer/04_eval.json, runs/<run>/task3_tokenizer/{items.json,examples.md}
@@ -12,7 +12,7 @@ Needs   about 4 min and 8 GB on 2 cores
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
 
 from common import results
 
@@ -20,6 +20,7 @@ if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the seconds that the next imports take
 
 import gc
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -63,16 +64,17 @@ def term_rows(lexicon, rows, items, old_pieces, cosines, definitions):
         own = {name: [items[name]["term windows"][k] for k in mine]
                for name in ("base", f"control {LAST}", "new init", "new a", f"new {LAST}")}
         new = own[f"new {LAST}"]
-        either = [i | {"term_nats": -math.log(math.exp(-i["term_nats"]) + math.exp(-old_pieces[k]["term_nats"]))}
-                  for i, k in zip(new, mine)]
+        either = [i | {"term_nats": -math.log(math.exp(-i["term_nats"]) + math.exp(-old["term_nats"]))}
+                  for i, old in zip(new, (old_pieces[k] for k in mine))]
         bits = {name.replace(" ", "_"): sum(i["term_nats"] for i in part) / len(part) * task.BITS
                 for name, part in (*own.items(), ("either", either))}
         near = {f"near_{side}_{stage}": next(i["neighbours"] for i in cosines[stage][side] if i["id"] == term)
                 for side in ("input", "output") for stage in ("init", LAST)}
         said = {f"definition_{model}": texts[term] for model, texts in definitions.items()}
-        (row,) = (r for r in task.delta_rows("terms", term, own[f"control {LAST}"], either) if r["metric"] == "term_bits")
-        table.append(row | bits | near | said | {"new_id": new_id,
-                                                 "median_rank": sorted(i["rank"] for i in new)[len(new) // 2]})
+        rank = sorted(item["rank"] for item in new)[len(new) // 2]
+        more = {"new_id": new_id, "median_rank": rank} | bits | near | said
+        deltas = task.delta_rows("terms", term, own[f"control {LAST}"], either, **more)
+        table += [row for row in deltas if row["metric"] == "term_bits"]
     return table
 
 
@@ -83,10 +85,11 @@ def main(run):
     said = {r["name"]: r["text"] for r in run.load("02_baseline")["rows"] if r["table"] == "definitions"}
     items = {"base": json.loads(run.artifact("02_baseline", "items_base.json").read_text())}
     lexicon, tests = task.lexicon(run), task.test_sets(run)
-    words, rows, table, cosines, definitions = embeddings.whole_words(lexicon.old), tests["term windows"], [], {}, {"base": said}
+    words, rows = embeddings.whole_words(lexicon.old), tests["term windows"]
+    table, cosines, definitions = [], {}, {"base": said}
 
-    # The control before training is the base.
-    for arm, stage in [("new", stage) for stage in ("init", *task.STAGES)] + [("control", stage) for stage in task.STAGES]:
+    trained = [("new", "init"), *itertools.product(("new", "control"), task.STAGES)]
+    for arm, stage in trained:  # the control before training is the base
         name, folder = f"{arm} {stage}", run.artifact("03_train", f"{arm}/{stage}")
         tokenizer, new_ids = (lexicon.new, lexicon.ids) if arm == "new" else (lexicon.old, {})
         model = models.load_decoder(str(folder), models.compute_name(cfg.compute))
@@ -96,14 +99,14 @@ def main(run):
         if arm == "new":
             cosines[stage] = embeddings.cosines(model, tokenizer, lexicon.terms, lexicon.ids, words)
         if stage in ("init", LAST):
-            counts = continuations(model, tokenizer, rows, new_ids, cfg.n_continued)
-            table += [{"table": "continued", "name": name, "metric": k, "value": v} for k, v in counts.items()]
+            counts = continuations(model, tokenizer, rows, new_ids, cfg.n_continued).items()
+            table += [{"table": "continued", "name": name, "metric": k, "value": v} for k, v in counts]
         if stage == LAST:
             definitions[arm] = task.define(model, tokenizer, list(lexicon.ids), cfg)
-        if name == f"new {LAST}":  # the same windows, with the old tokens for the term in question and for nothing else
+        if name == f"new {LAST}":  # the same windows, the term in question, and only it, as its old tokens
             old_pieces = task.score(model, tokenizer, rows, cfg.eval_batch_size, term_tokenizer=lexicon.old)
             table += task.delta_rows("id minus old pieces", name, old_pieces, items[name]["term windows"])
-        run.log(scored=name.replace(" ", "_"), bits_per_byte=next(r["value"] for r in table if r["name"] == name))
+        run.log(scored=name.replace(" ", "_"))
         del model
         gc.collect()
 
@@ -112,9 +115,9 @@ def main(run):
             for other, before in (("control", items[f"control {stage}"]), ("base", items["base"])):
                 table += task.delta_rows(f"minus {other}: {kind}", f"new {stage}", before[kind], new)
     for kind in tests:
-        before, after = (sum(item["tokens"] for item in items[name][kind]) for name in ("base", f"new {LAST}"))
-        table.append({"table": "saved", "name": kind, "metric": "share_of_tokens", "value": 1 - after / before,
-                      "before": before, "after": after})
+        before, after = (sum(i["tokens"] for i in items[name][kind]) for name in ("base", f"new {LAST}"))
+        saved = 1 - after / before
+        table.append({"table": "saved", "name": kind, "metric": "share_of_tokens", "value": saved})
     for stage, sides in cosines.items():
         for side, own in sides.items():
             table += task.rows_of("cosines", side, own, stage=stage)
@@ -129,9 +132,9 @@ def main(run):
     text = "".join(f"- {term}, {bits:.1f} bits:{text}\n" for term, bits, text in scored)
     results.write_atomic(run.folder / "examples.md", text)
     run.save(table + terms, artifacts=["items.json", "examples.md"])
-    delta = next(r for r in table if (r["table"], r["name"]) == ("minus control: term windows", f"new {LAST}"))
-    run.log(minus_control=delta["value"], lo=delta["lo"], hi=delta["hi"], p=delta["p"], n=delta["n"],
-            verdict=delta["verdict"].replace(" ", "_"))
+    key = ("minus control: term windows", f"new {LAST}")
+    delta = next(row for row in table if (row["table"], row["name"]) == key)
+    run.log(minus_control=delta["value"], **{key: delta[key] for key in ("lo", "hi", "p", "n", "verdict")})
 
 
 if __name__ == "__main__":

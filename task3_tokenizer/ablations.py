@@ -1,8 +1,8 @@
 """Question: which of the choices about new rows mattered, and how many texts does a token need?
 
-Every row is stage (a), the rows alone, with one thing changed, scored on the test texts of 04: later stages move
-everything and would hide the difference. Only further seeds go through all stages. `make ablations` runs it, and nothing
-depends on it. Interrupted, the same command goes on with the row it was at.
+Every row is stage (a), the rows alone, with one thing changed, scored on the test texts of 04: later stages
+move everything and would hide the difference. Only further seeds go through all stages. `make ablations` runs
+it, and nothing depends on it. Interrupted, the same command goes on with the row it was at.
 
 Reads   the knobs and data of 01-04 of the same run
 Writes  results/<run>/task3_tokenizer/ablations.json, runs/<run>/task3_tokenizer/ablations/
@@ -12,7 +12,7 @@ Needs   about 2 min a row, 28 min in all, 11 GB and 2 GB of disk on 2 cores
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
 
 from common import results
 
@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import importlib
 import itertools
 import json
-import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -57,11 +56,11 @@ PROFILES = {
     "cpu": dict(),
     "gpu": dict(seeds=2),
 }
-# name -> (way of adding the tokens, knobs of 03 changed)
+# name -> knobs of 03 changed
 ROWS = {
-    **{init: ("entry and merges", {"init": init}) for init in embeddings.INITS if init != "mean of pieces"},
-    "tied": ("entry and merges", {"tied": True}),
-    "AddedToken": ("AddedToken", {}),
+    **{init: {"init": init} for init in embeddings.INITS if init != "mean of pieces"},
+    "tied": {"tied": True},
+    "AddedToken": {},
 }
 CURVE = "texts per token"
 
@@ -69,7 +68,7 @@ CURVE = "texts per token"
 def stored(run, name: str, given: list, make, *arguments) -> dict:
     """What `make(folder, *arguments)` returned, stored as results.cached says; the folder it trains in is
     removed."""
-    folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
+    folder = run.folder / "ablations" / name.replace(" ", "-")
     values = results.cached(folder.with_suffix(".json"), [name, *given], partial(make, folder, *arguments))
     shutil.rmtree(folder, ignore_errors=True)
     return values
@@ -79,9 +78,8 @@ def trained(folder, cfg, arm, n_stages, rows, dev, data, tests, terms=()):
     """{kind: items} of `tests` {kind: rows}, scored after the first stages of `arm`, the stats of the last of
     them, and the "cosines" of the output rows of `terms`, which have one id in the arm's tokenizer."""
     stages = training.train(cfg, arm, folder, rows, dev, data, lambda **values: None)  # no line for each step
-    for stage, stats in itertools.islice(stages, 1 + n_stages):
-        last = folder / stage
-    model = models.load_decoder(str(last), models.compute_name(cfg.compute))
+    *_, (last, stats) = itertools.islice(stages, 1 + n_stages)
+    model = models.load_decoder(str(folder / last), models.compute_name(cfg.compute))
     items = {kind: task.score(model, arm.tokenizer, part, cfg.eval_batch_size, list(arm.pieces_of))
              for kind, part in tests.items()}
     ids = {row["term"]: task.ids_of(arm.tokenizer, f" {row['term']}")[0] for row in terms}
@@ -89,13 +87,10 @@ def trained(folder, cfg, arm, n_stages, rows, dev, data, tests, terms=()):
     return {**items, "stats": stats, "cosines": cosines}
 
 
-def arm_of(way, lexicon):
-    """The arm with new tokens, added in one of vocabulary.ways."""
-    if way == "entry and merges":
-        return training.arms(lexicon)[0]
-    # A plain AddedToken leaves the space outside, and a word that is an entry without space keeps its id and
-    # row.
-    tokenizer = vocabulary.ways(lexicon.old, list(lexicon.ids), lexicon.new)[way]
+def added_tokens(lexicon):
+    """The arm with new tokens, added as AddedToken instead of entries with merges."""
+    tokenizer = vocabulary.ways(lexicon.old, list(lexicon.ids), lexicon.new)["AddedToken"]
+    # The space stays outside, and a word that is an entry without space keeps its id and row.
     pieces_of = {task.ids_of(tokenizer, word)[-1]: task.ids_of(lexicon.old, word) for word in lexicon.ids}
     return training.Arm("new", tokenizer, pieces_of, sorted(pieces_of))
 
@@ -113,22 +108,22 @@ def main(run):
     impossible = {"tied"} if base_cfg.tied or not was_tied else set()
 
     # Stage (a) with one thing changed.
+    new, control = training.arms(lexicon)
     kinds = ("term windows", "without terms" if "without terms" in tests else "general English")
     done = {"as in 03": items["new a"]}
     for name in (name for name in names if name in ROWS and name not in impossible):
-        way, changes = ROWS[name]
-        own = of_03(**changes)
-        done[name] = stored(run, name, [vars(own), data], trained, own, arm_of(way, lexicon), 1, rows, dev, data,
+        own, arm = of_03(**ROWS[name]), added_tokens(lexicon) if name == "AddedToken" else new
+        done[name] = stored(run, name, [vars(own), data], trained, own, arm, 1, rows, dev, data,
                             {kind: tests[kind] for kind in kinds})
         table += task.delta_rows("ablation minus 03", name, items["new a"][kinds[0]], done[name][kinds[0]])
         run.log(row=name.replace(" ", "_"), minus_03=table[-1]["value"])
-    table += [row for name, by_kind in done.items() for kind in kinds
-              for row in task.rows_of("ablation", name, by_kind[kind], kind=kind)]
+    for name, kind in itertools.product(done, kinds):
+        table += task.rows_of("ablation", name, done[name][kind], kind=kind)
 
     # Stage (a) with 0 to 200 texts for each of the terms that have most.
     if CURVE in names:
         words = [word for word, _ in Counter(row["term"] for row in rows).most_common(cfg.n_curve)]
-        arm = training.arms(lexicon)[0]._replace(ids=sorted(lexicon.ids[word] for word in words))
+        arm = new._replace(ids=sorted(lexicon.ids[word] for word in words))
         mine = [k for k, row in enumerate(tests["term windows"]) if row["term"] in words]
         table += task.rows_of("curve base", "base", [items["base"]["term windows"][k] for k in mine])
         # Fewer terms in a batch, yet the full rate: a row has as many windows in a step as with all terms.
@@ -145,16 +140,17 @@ def main(run):
             table += task.rows_of("curve", "new a", point["cosines"], **more)
 
     # All stages of both arms with other seeds.
-    trainings = {"as in 03": {arm: items[f"{arm} {task.STAGES[-1]}"] for arm in ("new", "control")}}
-    for name in (name for name in names if name in seeds):
-        own = of_03(seed=base_cfg.seed + seeds[name])
-        trainings[name] = {arm.name: stored(run, f"{name} {arm.name}", [vars(own), data], trained, own, arm,
-                                            len(task.STAGES), rows, dev, data, tests) for arm in training.arms(lexicon)}
-    for kind, (name, by_arm) in itertools.product(tests, trainings.items() if len(trainings) > 1 else ()):
-        more = {"seed": name, "kind": kind}
-        for arm in ("new", "control"):
-            table += task.rows_of("seeds", arm, by_arm[arm][kind], **more)
-        table += task.delta_rows("seeds", "new minus control", by_arm["control"][kind], by_arm["new"][kind], **more)
+    pairs = {base_cfg.seed: [items[f"{arm.name} {task.STAGES[-1]}"] for arm in (new, control)]}
+    for seed in (base_cfg.seed + seeds[name] for name in names if name in seeds):
+        own = of_03(seed=seed)
+        pairs[seed] = [stored(run, f"seed {seed} {arm.name}", [vars(own), data], trained, own, arm,
+                              len(task.STAGES), rows, dev, data, tests) for arm in (new, control)]
+    pairs = pairs if len(pairs) > 1 else {}
+    for kind, (seed, (with_new, without)) in itertools.product(tests, pairs.items()):
+        more = {"seed": seed, "kind": kind}
+        table += task.rows_of("seeds", "new", with_new[kind], **more)
+        table += task.rows_of("seeds", "control", without[kind], **more)
+        table += task.delta_rows("seeds", "new minus control", without[kind], with_new[kind], **more)
     run.save(table)
 
 

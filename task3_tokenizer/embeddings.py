@@ -24,12 +24,13 @@ def untie(model) -> None:
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}  # what transformers 5 leaves out of a checkpoint as a copy of something else
+    model.all_tied_weights_keys = {}  # transformers 5 leaves these out of a checkpoint, as copies
 
 
-# ------------------------------------------------------------------------------------------------- first values
+# ---------------------------------------------------------------------------------- first values
 
-def initial(matrix: torch.Tensor, pieces: list[list[int]], method: str, side: str, seed: int = 0) -> torch.Tensor:
+def initial(matrix: torch.Tensor, pieces: list[list[int]], method: str, side: str,
+            seed: int = 0) -> torch.Tensor:
     """First values, (len(pieces), hidden) in fp32, of new rows of the "input" or "output" matrix (vocabulary,
     hidden).
 
@@ -65,13 +66,15 @@ def initialise(model, pieces_of: dict[int, list[int]], method: str, seed: int) -
     mean of its pieces' logits.
     """
     pieces, head = list(pieces_of.values()), model.get_output_embeddings()
-    rows = [initial(layer.weight, pieces, method, side, seed) for side, layer in zip(("input", "output"), both(model))]
+    rows = [initial(layer.weight, pieces, method, side, seed)
+            for side, layer in zip(("input", "output"), both(model))]
     write_rows(model, list(pieces_of), rows)
     if head.bias is not None:
-        head.bias[list(pieces_of)] = torch.stack([head.bias[ids].float().mean() for ids in pieces]).to(head.bias)
+        means = torch.stack([head.bias[ids].float().mean() for ids in pieces])
+        head.bias[list(pieces_of)] = means.to(head.bias)
 
 
-# ------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------- training
 
 def matrix_and_rows(weight: torch.Tensor, ids: list[int], whole: bool) -> tuple[torch.Tensor, nn.Parameter]:
     """(the matrix, a parameter in fp32 if `whole`, else a buffer; its rows `ids` as a parameter in fp32)"""
@@ -116,7 +119,8 @@ class RowHead(nn.Module):
         weight = head.weight.detach()
         self.bias = None if head.bias is None else nn.Buffer(head.bias.detach(), persistent=False)
         self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
-        self.weight, self.rows = (shared.weight, shared.rows) if shared else matrix_and_rows(weight, ids, whole)
+        own = (shared.weight, shared.rows) if shared else matrix_and_rows(weight, ids, whole)
+        self.weight, self.rows = own
 
     def forward(self, hidden):
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
@@ -151,7 +155,7 @@ def write_rows(model, ids: list[int], rows: list[torch.Tensor], matrices: list[t
         layer.weight[where] = values.to(layer.weight)
 
 
-# ------------------------------------------------------------------------------------------------- cosines
+# ---------------------------------------------------------------------------------- cosines
 
 def centred(matrix: torch.Tensor) -> torch.Tensor:
     """Rows (vocabulary, hidden) in fp32 minus their mean, at unit length: a product of two is their centred
@@ -172,7 +176,8 @@ def whole_words(tokenizer) -> dict[int, str]:
     return {i: word for i, word in words.items() if len(word) > 2 and word.isalpha()}
 
 
-def cosines(model, tokenizer, terms: list[dict], new_ids: dict[str, int], words: dict[int, str]) -> dict[str, list[dict]]:
+def cosines(model, tokenizer, terms: list[dict], new_ids: dict[str, int],
+            words: dict[int, str]) -> dict[str, list[dict]]:
     """{"input", "output": an item for each term}: id (the term), the mean cosine of its row to anchors, to
     negatives and the contrast between them, for a term that has such words, and the ten nearest of `words` as
     neighbours.
@@ -189,7 +194,8 @@ def cosines(model, tokenizer, terms: list[dict], new_ids: dict[str, int], words:
             near = [words[i] for i in similar.argsort(descending=True).tolist() if i in words and i != row]
             item = {"id": term["term"], "neighbours": near[:10]}
             for name, column in (("anchors", "anchors"), ("negatives", "negative_anchors")):
-                if ids := [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in term[column]]:
+                ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in term[column]]
+                if ids:
                     item[name] = (units[ids] @ units[row]).mean().item()
             if {"anchors", "negatives"} <= set(item):
                 item["contrast"] = item["anchors"] - item["negatives"]

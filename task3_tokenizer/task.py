@@ -78,9 +78,9 @@ BITS = 1 / math.log(2)  # per nat
 # Every metric of this task. A metric is reported for the items that have its `top`: a text may have no term
 # in it. Two models are compared by those that say which direction is better.
 METRICS = [
-    Metric("bits_per_byte", "bits per byte of text", "nats", "bytes", BITS, better="lower"),
+    Metric("bits_per_byte", "bits per byte of text", "nats", "bytes", BITS, "lower"),
     Metric("term_bits", "bits per occurrence of a term", "term_nats", scale=BITS, better="lower"),
-    Metric("after_bits_per_byte", "bits per byte after the term", "after_nats", "after_bytes", BITS, better="lower"),
+    Metric("after_bits_per_byte", "bits per byte after a term", "after_nats", "after_bytes", BITS, "lower"),
     Metric("reciprocal_rank", "reciprocal rank of the term's first token", "reciprocal_rank"),
     Metric("tokens_per_byte", "tokens per byte of text", "tokens", "bytes"),
     Metric("new_token_mass", "probability of a new token where none comes", "mass", "tokens"),
@@ -90,7 +90,7 @@ METRICS = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------- texts
+# ---------------------------------------------------------------------------------- texts
 
 def documents(cfg: Config) -> list[dict]:
     """{"text", "split" (train, dev or test)} without exact repeats; each text is one line that starts with a
@@ -111,12 +111,6 @@ def documents(cfg: Config) -> list[dict]:
         if len(text) > 40:  # "See base class." and the like
             by_text.setdefault(text, {"text": text, "split": split})
     return list(by_text.values())
-
-
-def general_texts() -> list[str]:
-    """Plain English that nothing here trains on: the support texts of SciQ, one line each."""
-    rows = corpus.general_english()
-    return sorted({" " + " ".join(row["support"].split()) for row in rows if len(row["support"]) > 200})
 
 
 def test_sets(run) -> dict[str, list[dict]]:
@@ -156,7 +150,7 @@ def lexicon(run) -> Lexicon:
     return Lexicon(stored["terms"], old, new, added, vocabulary.pieces_of(added, old.get_vocab()), ids)
 
 
-# ------------------------------------------------------------------------------------------------- scores
+# ---------------------------------------------------------------------------------- scores
 
 def encode(tokenizer, row: dict, term_tokenizer=None) -> tuple[list[int], tuple[int, int] | None]:
     """(ids, (first, end) of the term's tokens among them); None if the row has no term, or if a token reaches
@@ -166,12 +160,12 @@ def encode(tokenizer, row: dict, term_tokenizer=None) -> tuple[list[int], tuple[
     if "start" not in row:
         return ids, None
     start, end = row["start"] - 1, row["end"]  # with the space before the term
-    left, right = ids_of(tokenizer, row["text"][:start]), ids_of(tokenizer, row["text"][end:])
-    term = row["text"][start:end]
-    if [*left, *ids_of(tokenizer, term), *right] != ids:
+    left, term, right = row["text"][:start], row["text"][start:end], row["text"][end:]
+    parts = [ids_of(tokenizer, part) for part in (left, term, right)]
+    if [i for part in parts for i in part] != ids:
         return ids, None
-    own = ids_of(term_tokenizer or tokenizer, term)
-    return [*left, *own, *right], (len(left), len(left) + len(own))
+    parts[1] = ids_of(term_tokenizer or tokenizer, term)
+    return [i for part in parts for i in part], (len(parts[0]), len(parts[0]) + len(parts[1]))
 
 
 def padded(lines: list[list[int]], pad_token_id: int, side: str = "right") -> BatchEncoding:
@@ -200,7 +194,7 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_
         real = inputs["attention_mask"][:, len(first):].bool()
         hidden = decoder(**inputs, use_cache=False).last_hidden_state[:, len(first) - 1:-1][real]
         labels, nats, ranks, masses = inputs["input_ids"][:, len(first):][real], [], [], []
-        for states, label in zip(hidden.split(512), labels.split(512)):  # 512 x 49,152 float32 logits are 100 MB
+        for states, label in zip(hidden.split(512), labels.split(512)):  # 512 x 49,152 logits are 100 MB
             logits = models.logits_of(model, states)
             total, own = logits.logsumexp(1), logits.gather(1, label[:, None])
             nats += (total - own[:, 0]).tolist()
@@ -210,8 +204,8 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_
         for i in batch:
             (ids, place), text, end = encoded[i], rows[i]["text"], start + len(encoded[i][0])
             own = nats[start:end]
-            items[i] = {"id": hashlib.sha256(text.encode()).hexdigest()[:16], "nats": sum(own), "tokens": len(ids),
-                        "bytes": len(text.encode())}
+            items[i] = {"id": hashlib.sha256(text.encode()).hexdigest()[:16], "nats": sum(own),
+                        "tokens": len(ids), "bytes": len(text.encode())}
             if len(new):
                 items[i]["mass"] = sum(masses[start:end])
             if place:
@@ -230,8 +224,11 @@ def measure(run, model, tokenizer, new_ids=()) -> dict[str, list[dict]]:
 
 def rows_of(table: str, name: str, items: list[dict], **more) -> list[dict]:
     """stats.rows_of for each of METRICS that at least two items have, from these items."""
-    parts = [(metric, [item for item in items if metric.top in item]) for metric in METRICS]
-    return [row for metric, part in parts if len(part) > 1 for row in stats.rows_of(table, name, part, [metric], **more)]
+    rows = []
+    for metric in METRICS:
+        own = [item for item in items if metric.top in item]
+        rows += stats.rows_of(table, name, own, [metric], **more) if len(own) > 1 else []
+    return rows
 
 
 def delta_rows(table: str, name: str, before: list[dict], after: list[dict], **more) -> list[dict]:
@@ -245,7 +242,7 @@ def delta_rows(table: str, name: str, before: list[dict], after: list[dict], **m
     return rows
 
 
-# ------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------- writing
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
@@ -266,4 +263,5 @@ def define(model, tokenizer, words: list[str], cfg: Config) -> dict[str, str]:
             return f"Простыми словами, {word} — это"
         return f"In a Python library, {word} is" if cfg.data == "corpus" else f"The word {word} means"
     written = generate(model, tokenizer, [prompt(word) for word in words], 20)
-    return {w: tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for w, ids in zip(words, written)}
+    texts = (tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() for ids in written)
+    return dict(zip(words, texts))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from task3_tokenizer import vocabulary
 
-WORD = re.compile(r"(?<= )[^\W\d_][\w'-]*\w")  # a word of running text after a space; `reject` says what it may not be
+WORD = re.compile(r"(?<= )[^\W\d_][\w'-]*\w")  # a word after a space; `reject` excludes some
 COLUMNS = ("term", "anchors", "negative_anchors", "definition")
 
 
@@ -33,7 +33,8 @@ def keyness(count: int, total: int, other: int, other_total: int) -> float:
     return math.copysign(math.sqrt(max(0.0, g2)), count / total - other / other_total)
 
 
-def reject(tokenizer, word: str, documents: int, held_out: int, least: int, least_held_out: int) -> str | None:
+def reject(tokenizer, word: str, documents: int, held_out: int, least: int,
+           least_held_out: int) -> str | None:
     """Why a word cannot be, or is not worth, a new token; None if it can and is."""
     if re.search(r"\d", word):
         return "has digits"
@@ -66,10 +67,11 @@ def find(tokenizer, train: list[str], held_out: list[str], general: list[str], l
         entries = vocabulary.pieces(tokenizer, f" {word}")
         if spread >= least / 2 and len(entries) >= 2:
             key = keyness(occurrences[word], total, other[word], other_total)
+            n_held_out = held_documents[word]
             rows.append({"term": word, "score": key * (len(entries) - 1) * math.log1p(spread), "keyness": key,
                          "pieces": [tokenizer.convert_tokens_to_string([entry]) for entry in entries],
-                         "documents": spread, "held_out_documents": held_documents[word],
-                         "rejected": reject(tokenizer, word, spread, held_documents[word], least, least_held_out)})
+                         "documents": spread, "held_out_documents": n_held_out,
+                         "rejected": reject(tokenizer, word, spread, n_held_out, least, least_held_out)})
     return sorted(rows, key=lambda r: (-r["score"], r["term"]))
 
 

@@ -3,6 +3,7 @@ into the order in which 03 trains on them."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -16,7 +17,7 @@ BEFORE, AFTER = 110, 60
 JACCARD = 0.5
 
 
-# ------------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------- drawing
 
 def places(text: str, term: str) -> list[int]:
     """Where `term` stands in `text` as a word of its own after a space."""
@@ -28,7 +29,8 @@ def around(text: str, start: int, length: int) -> dict:
     beginning with a space."""
     left = max(0, text.rfind(" ", 0, max(1, start - BEFORE)))
     right = text.find(" ", start + length + AFTER)
-    return {"text": text[left:right if right > 0 else None], "start": start - left, "end": start - left + length}
+    start -= left
+    return {"text": text[left:right if right > 0 else None], "start": start, "end": start + length}
 
 
 def draw(docs: list[dict], word: str, n: int, rng, fits, taken: set) -> list[dict]:
@@ -63,7 +65,7 @@ def distinct(earlier: list[dict], rows: list[dict], key: str, most: int) -> list
     return kept
 
 
-# ------------------------------------------------------------------------------------------------- order of training
+# ---------------------------------------------------------------------------------- order of training
 
 def by_term(rows: list[dict]) -> list[list[dict]]:
     """The windows of each term."""
@@ -77,7 +79,8 @@ def texts_per_stage(asked: dict[str, int], windows: int) -> dict[str, int]:
     """{stage: texts} of a term with so many windows: what is `asked`, or the same share of it in every stage
     if there are fewer. SystemExit if a stage would get none."""
     if min(asked.values()) < 1 or windows < len(asked):
-        raise SystemExit(f"texts per term and stage {asked}, windows of a term {windows}: every stage needs at least one")
+        raise SystemExit(f"texts per term and stage {asked}, windows of a term {windows}: "
+                         "each stage needs at least one")
     share = min(1.0, windows / sum(asked.values()))
     texts = {stage: max(1, int(share * n)) for stage, n in asked.items()}
     while sum(texts.values()) > windows:  # where a stage got one instead of less
@@ -89,10 +92,9 @@ def split_into_stages(rows: list[dict], asked: dict[str, int]) -> dict[str, list
     """{stage: windows}: of each term as many as `texts_per_stage` says, none of them twice."""
     parts: dict[str, list[dict]] = {stage: [] for stage in asked}
     for own in by_term(rows):
-        start = 0
+        following = iter(own)
         for stage, n in texts_per_stage(asked, len(own)).items():
-            parts[stage] += own[start:start + n]
-            start += n
+            parts[stage] += itertools.islice(following, n)
     return parts
 
 
