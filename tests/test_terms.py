@@ -9,8 +9,8 @@ from task3_tokenizer import terms
 GENERAL = ["the cat sat on the mat and the dog ran to the house"] * 30
 
 
-def test_words_are_counted_after_a_blank_and_once_per_document():
-    occurrences, documents = terms.uses(["NetworkX and the NetworkX\nlibrary", "(NetworkX) x2 sub-graph", "the NetworkX."])
+def test_words_are_counted_after_a_space_and_once_per_document():
+    occurrences, documents = terms.count(["NetworkX and the NetworkX\nlibrary", "(NetworkX) x2 sub-graph", "the NetworkX."])
     assert occurrences["NetworkX"] == 3 and documents["NetworkX"] == 2 and occurrences["sub-graph"] == 1
 
 
@@ -26,6 +26,8 @@ def test_domain_words_come_first_and_rejections_say_why(tokenizer):
     found = {row["term"]: row for row in terms.find(tokenizer, train, held_out, GENERAL, least=6, least_held_out=3)}
     accepted = [term for term, row in found.items() if row["rejected"] is None]
     assert set(accepted) == {"undirected", "NetworkX"} and "cat" not in found and "graph" not in found
+    pieces = found["undirected"]["pieces"]
+    assert len(pieces) == 3 and "".join(pieces) == " undirected"
     assert found["Chebyshev"]["rejected"] == "in 4 training documents, 6 needed"
     assert found["float64"]["rejected"] == "has digits" and found["sub-graph"]["rejected"] == "has punctuation"
     assert accepted[0] == "undirected"  # three pieces save two tokens a use, NetworkX's two save one
@@ -46,13 +48,13 @@ def test_a_hand_made_list_is_read(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "reason"), [
-    ("", "no terms"), (HEAD, "no terms"), ("term,anchors\nNetworkX,graph\n", "no column 'negative_anchors'"),
+    ("", "expected columns term, anchors"), (HEAD, "expected columns"), ("term,anchors\nNetworkX,graph\n", "expected columns"),
     (HEAD + "graph,,,x\n", "in the vocabulary already"), (HEAD + "NetworkX,,,x\nNetworkX,,,x\n", "stands twice"),
     (HEAD + "NetworkX,Chebyshev,,x\n", "line 2: anchor 'Chebyshev' of 'NetworkX' is 4 tokens")])
 def test_a_bad_list_is_one_line(tokenizer, tmp_path, text, reason):
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as error:
         terms.read_terms(write(tmp_path, text), tokenizer)
-    assert reason in str(told.value) and "\n" not in str(told.value)
+    assert reason in str(error.value) and "\n" not in str(error.value)
 
 
 def test_other_encodings_are_refused(tokenizer, tmp_path):
