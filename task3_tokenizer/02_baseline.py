@@ -51,9 +51,8 @@ def compare_ways(tokenizer, extended, terms, texts):
 
 
 def main(run):
-    cfg = run.cfg
     run.load("01_data")
-    lexicon = task.lexicon(run)
+    cfg, lexicon = run.cfg, task.lexicon(run)
     words, tokenizer, table = list(lexicon.ids), lexicon.old, []
     for word, new_id in lexicon.ids.items():
         ids = task.ids_of(tokenizer, f" {word}")

@@ -134,7 +134,7 @@ def main(run):
                            [row for row in rows if row["term"] in words], dev, data,
                            {"term windows": [tests["term windows"][k] for k in mine]},
                            [row for row in lexicon.terms if row["term"] in words])
-            more = {"texts": texts, "steps": point["stats"].get("steps", 0), "terms": len(words),
+            more = {"texts": texts, "terms": len(words),
                     "windows_per_term": point["stats"].get("texts", 0) / len(words)}
             table += task.rows_of("curve", "new a", point["term windows"], **more)
             table += task.rows_of("curve", "new a", point["cosines"], **more)

@@ -4,6 +4,7 @@ Weights are random and large, so that caps, scales, biases and windows matter: a
 """
 
 import importlib
+import itertools
 import json
 
 import pytest
@@ -20,15 +21,15 @@ COMMON = ("GPT-NeoX", "Gemma-3")  # make test takes these two, make test-all eve
 EACH = [name if name in COMMON else pytest.param(name, marks=pytest.mark.all)
         for name in DECODERS if name != "Mixtral"]
 TERMS = ["NetworkX", "undirected"]
-TEXTS = [" The NetworkX library draws an undirected graph of all nodes that are near to each other in a plane, with "
-         "their names, which is not always easy.",
+TEXTS = [" The NetworkX library draws an undirected graph of all nodes that are near to each other in a "
+         "plane, with their names, which is not always easy.",
          " An undirected edge of it", " In NetworkX a graph may have many edges between the same two nodes."]
 ROWS = [{"term": str(number), "text": text} for number, text in enumerate(TEXTS)]
 
 
 def config(model, **more):
-    return training.Config(model=str(model), compute="fp32", log_every=1, eval_batch_size=2, lora_r=4, lora_alpha=8,
-                           **more)
+    return training.Config(model=str(model), compute="fp32", log_every=1, eval_batch_size=2, lora_r=4,
+                           lora_alpha=8, **more)
 
 
 def arm_of(old):
@@ -69,8 +70,8 @@ def test_scores_losses_and_checkpoints_are_those_of_the_plain_model(name, tokeni
             "c2": training.Stage(2, 3e-2, 3e-3, 1e-2, "all-linear")}
     source, first_loss = "init", {}
     for target, stage in plan.items():
-        stats = training.train_stage(cfg, arm, stage, tmp_path / source, tmp_path / target, ROWS * 2, len(ROWS), ROWS,
-                                     lambda **values: None)
+        stats = training.train_stage(cfg, arm, stage, tmp_path / source, tmp_path / target, ROWS * 2,
+                                     len(ROWS), ROWS, lambda **values: None)
         first_loss[source], source = stats["losses"][0]["value"], target
     plain = {stage: plain_nats(tmp_path / stage, TEXTS) for stage in ("init", *plan)}
     for stage, nats in plain.items():
@@ -82,7 +83,7 @@ def test_scores_losses_and_checkpoints_are_those_of_the_plain_model(name, tokeni
 
     states = [AutoModelForCausalLM.from_pretrained(tmp_path / stage).state_dict() for stage in plan]
     in_c1, in_c2 = ({name for name in was if not torch.equal(was[name], now[name])}
-                    for was, now in zip(states, states[1:]))
+                    for was, now in itertools.pairwise(states))
     linear = {f"{layer}.weight" for layer in models.linear_layers(models.load_decoder(str(base), "fp32"))}
     attention = {layer for layer in linear if "attn" in layer or "attention" in layer}
     assert 0 < len(attention) < len(linear)
@@ -124,7 +125,7 @@ def test_all_four_steps_take_it_and_store_what_the_plain_model_gives(name, repo,
     uses = test_pipeline3.term_windows(stored)
     texts = [row["text"] for row in uses]
     items = json.loads((stored / "items.json").read_text())
-    for model, path in (("base", folder), ("new init", stored / "new/init"), ("control c2", stored / "control/c2"),
-                        ("new c2", stored / "new/c2")):
+    for model, path in (("base", folder), ("new init", stored / "new" / "init"),
+                        ("control c2", stored / "control" / "c2"), ("new c2", stored / "new" / "c2")):
         nats = [item["nats"] for item in items[model]["term windows"]]
         assert nats == pytest.approx(plain_nats(path, texts), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Task 3's scripts as a user runs them on own texts: all steps, resuming, plain reload, one line for every user error."""
+"""Task 3's scripts as a user runs them on own texts: all steps, plain reload, one line for user errors."""
 
 import importlib
 import json
@@ -21,8 +21,8 @@ WORDS = ["Zorbex", "flumquatish", "крипта"]
 KNOBS = dict(texts_a=4, texts_b=2, texts_c1=2, texts_c2=2, batch_size=3, least_texts=20, least_windows=20,
              least_held_out=4)
 HEAD = "term,anchors,negative_anchors,definition\n"
-COMMON = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin", "yellow",
-          "quiet", "table"]
+COMMON = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin",
+          "yellow", "quiet", "table"]
 
 
 def finished(done):
@@ -36,11 +36,14 @@ def own_arguments(repo, model) -> list[str]:
     for i in range(240):
         words = [rng.choice(COMMON) for _ in range(18)]
         words.insert(rng.randrange(4, 16), WORDS[i % 3])
-        rows.append({"text": " ".join(words), "split": ("train", "train", "test", "train", "dev")[i // 3 % 5]})
-    rows.append({"text": "one text alone has the word Snarkblat in it, and that is not enough", "split": "train"})
-    rows += [{"text": " ".join(rng.choice(COMMON) for _ in range(18)), "split": "train"} for _ in range(9)]
+        split = ("train", "train", "test", "train", "dev")[i // 3 % 5]
+        rows.append({"text": " ".join(words), "split": split})
+    texts = ["one text alone has the word Snarkblat in it, and that is not enough"]
+    texts += [" ".join(rng.choice(COMMON) for _ in range(18)) for _ in range(9)]
+    rows += [{"text": text, "split": "train"} for text in texts]
     results.write_rows(repo / "texts.jsonl", rows)
-    (repo / "mine.csv").write_text(HEAD + "Zorbex,river stone,paper,a thing\nflumquatish,table,,\nкрипта,,,деньги\n")
+    lines = "Zorbex,river stone,paper,a thing\nflumquatish,table,,\nкрипта,,,деньги\n"
+    (repo / "mine.csv").write_text(HEAD + lines, encoding="utf-8")
     return ["--model", str(model), "--data", str(repo / "texts.jsonl"), "--set",
             *(f"{name}={value}" for name, value in KNOBS.items()), f"terms={repo / 'mine.csv'}"]
 
@@ -63,14 +66,15 @@ def term_windows(folder) -> list[dict]:
 
 def test_own_texts_run_through_all_four_steps(repo, whole):
     rows = rows_of(repo, "whole3", "04_eval")
-    stages = [r["name"] for r in rows if (r["table"], r["metric"]) == ("minus control: term windows", "bits_per_byte")]
+    deltas = [r for r in rows if r["table"] == "minus control: term windows"]
+    assert all({"lo", "hi", "p", "n", "verdict", "label"} <= set(row) for row in deltas)
+    stages = [row["name"] for row in deltas if row["metric"] == "bits_per_byte"]
     assert stages == [f"new {stage}" for stage in task.STAGES]
-    assert all({"lo", "hi", "p", "n", "verdict", "label"} <= set(r) for r in rows if r["table"].startswith("minus"))
     terms = {r["name"]: r for r in rows if r["table"] == "terms"}
     assert set(terms) == set(WORDS)
     assert {"base", "control_c2", "new_init", "new_a", "new_c2", "either", "median_rank", "near_output_c2",
             "definition_base", "definition_control", "definition_new"} <= set(terms["Zorbex"])
-    assert all(term["either"] <= term["new_c2"] for term in terms.values())  # another way to write it can only help
+    assert all(term["either"] <= term["new_c2"] for term in terms.values())  # a second way can only help
     anchors = [r for r in rows if (r["table"], r["metric"]) == ("cosines", "anchors")]
     assert len(anchors) == 2 * 5 and {r["n"] for r in anchors} == {2}  # of the two terms that have any
     saved = {r["name"]: r["value"] for r in rows if r["table"] == "saved"}
@@ -104,10 +108,11 @@ print(json.dumps(out))
 
 
 def test_the_last_checkpoint_opens_in_a_fresh_process_and_gives_what_04_stored(whole):
-    done = finished(subprocess.run([sys.executable, "-c", OPEN_ELSEWHERE, str(whole / "new" / "c2")], cwd="/",
-                                   input=json.dumps(term_windows(whole)), capture_output=True, text=True, timeout=120,
-                                   check=False))
-    stored = [item["nats"] for item in json.loads((whole / "items.json").read_text())["new c2"]["term windows"]]
+    done = finished(subprocess.run(
+        [sys.executable, "-c", OPEN_ELSEWHERE, str(whole / "new" / "c2")], cwd="/", check=False,
+        input=json.dumps(term_windows(whole)), capture_output=True, text=True, timeout=120))
+    items = json.loads((whole / "items.json").read_text())["new c2"]["term windows"]
+    stored = [item["nats"] for item in items]
     assert json.loads(done.stdout) == pytest.approx(stored, rel=2e-2)  # bf16, and another batch
 
 
@@ -190,8 +195,9 @@ def knobs(repo, own, tiny_model_folder):
     return dict(model=str(tiny_model_folder), data=str(repo / "texts.jsonl"), terms=str(repo / "mine.csv"))
 
 
-@pytest.mark.parametrize(("text", "words"), [  # what else may be wrong with a list: test_terms.py, test_vocabulary.py
-    (HEAD + "Snarkblat,,,\n", ["mine3.csv: 'Snarkblat'", "1 training and 0 held-out documents", "20 and 4 needed"]),
+@pytest.mark.parametrize(("text", "words"), [  # other faults of a list: test_terms.py, test_vocabulary.py
+    (HEAD + "Snarkblat,,,\n", ["mine3.csv: 'Snarkblat'", "1 training and 0 held-out documents",
+                               "20 and 4 needed"]),
     (HEAD.encode("utf-16"), ["mine3.csv", "not UTF-8"])], ids=["rare", "encoding"])
 def test_a_bad_list_is_one_line_and_writes_nothing(repo, own, text, words):
     (repo / "mine3.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -206,12 +212,10 @@ def refused(folder, knobs, **more) -> str:
     return str(error.value)
 
 
-def test_a_term_with_too_few_windows_is_refused_with_what_it_has(knobs, whole, tmp_path):
-    least = min(sum(row["term"] == word for row in results.read_rows(whole / "train.jsonl")) for word in WORDS)
-    assert least < 48  # of which some were near copies, or there would be nothing to say
-    said = refused(tmp_path, knobs, least_windows=least + 1)
-    assert f"has {least} distinct windows to train on, {least + 1} needed" in said
-    assert f"SET=least_windows={least}" in said
+def test_a_term_with_too_few_windows_is_refused_with_what_it_has(knobs, tmp_path):
+    said = refused(tmp_path, knobs, n_windows=30, least_windows=31)
+    assert "'Zorbex' has 30 distinct windows to train on, 31 needed" in said
+    assert "SET=least_windows=30" in said
 
 
 def test_wrong_lists_data_and_tokenizers_are_refused(knobs, tmp_path, tiny_encoder_folder):
@@ -219,7 +223,7 @@ def test_wrong_lists_data_and_tokenizers_are_refused(knobs, tmp_path, tiny_encod
     assert "no word has two tokens" in refused(tmp_path, knobs, terms="found", least_held_out=1000)
     assert "has no EOS token" in refused(tmp_path, knobs, model=str(tiny_encoder_folder))
     wrong = tmp_path.parent / "wrong.jsonl"
-    results.write_rows(wrong, [{"text": f"text number {i} of some", "split": "validation"} for i in range(120)])
+    results.write_rows(wrong, [{"text": f"text number {i}", "split": "validation"} for i in range(120)])
     assert "split 'validation'; expected train, dev or test" in refused(tmp_path, knobs, data=str(wrong))
 
 
@@ -230,5 +234,5 @@ def test_words_are_found_without_a_list(knobs, tmp_path):
     assert found.logged["leaks"] == 0
     candidates = {row["name"]: row for row in found.rows if row["table"] == "candidates"}
     assert candidates["Zorbex"]["rejected"] is None and candidates["Zorbex"]["taken"]
-    without = [row["text"] for row in results.read_rows(tmp_path / "test.jsonl") if row["set"] == "without terms"]
-    assert not any(word in text for word in WORDS for text in without)
+    without = [row for row in results.read_rows(tmp_path / "test.jsonl") if row["set"] == "without terms"]
+    assert not any(word in row["text"] for word in WORDS for row in without)

@@ -1,7 +1,6 @@
-"""Task 3: rows trained on their own, first values, scores that two tokenizers share, windows, stages, cosines."""
+"""Task 3: rows trained on their own, first values, scores that two tokenizers share, windows, stages."""
 
 import importlib
-import json
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -92,7 +91,7 @@ def test_rows_of_their_own_compute_what_the_plain_matrices_compute(untied, exten
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_only_the_rows_learn_and_their_gradients_are_those_of_the_whole_matrix(tiny_model_folder, untied, arm, tied):
+def test_only_rows_learn_with_the_gradients_of_the_whole_matrix(tiny_model_folder, untied, arm, tied):
     model = models.load_decoder(str(tiny_model_folder), "fp32") if tied else untied
     model.resize_token_embeddings(len(arm.tokenizer), mean_resizing=False)
     batch = batch_of(arm.tokenizer, TEXTS)
@@ -109,11 +108,14 @@ def test_only_the_rows_learn_and_their_gradients_are_those_of_the_whole_matrix(t
         assert torch.allclose(row.grad, gradient, atol=1e-5) and gradient.abs().max() > 0
 
 
-def test_old_rows_are_bit_identical_after_training_with_decay_and_clipping(tiny_model_folder, tmp_path, tokenizer,
-                                                                           init, arm):
-    """The common way, a whole matrix with masked gradients, moves them: decay acts where there is no gradient."""
-    cfg = config(weight_decay=0.5, max_grad_norm=0.01, model=str(tiny_model_folder))
-    stats = training.train_stage(cfg, arm, training.Stage(4, 1e-2), init, tmp_path / "a", WINDOWS * 4, 4, WINDOWS, silent)
+def train_stage(arm, stage, source, target, **knobs):
+    return training.train_stage(config(**knobs), arm, stage, source, target, WINDOWS * 4, 4, WINDOWS, silent)
+
+
+def test_old_rows_are_bit_identical_after_training_with_decay_and_clipping(tmp_path, tokenizer, init, arm):
+    """The common way, a whole matrix with masked gradients, moves them: decay acts without a gradient too."""
+    knobs = dict(weight_decay=0.5, max_grad_norm=0.01)
+    stats = train_stage(arm, training.Stage(4, 1e-2), init, tmp_path / "a", **knobs)
     assert stats["input_largest_change_of_other_rows"] == stats["output_largest_change_of_other_rows"] == 0
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (init, tmp_path / "a"))
     for old, trained in zip(embeddings.both(before), embeddings.both(after)):
@@ -126,21 +128,20 @@ def test_old_rows_are_bit_identical_after_training_with_decay_and_clipping(tiny_
     assert not torch.equal(matrix[:n], old[:n].float())
 
 
-def test_a_stage_that_moves_frozen_rows_is_not_saved(tiny_model_folder, tmp_path, init, arm, monkeypatch):
+def test_a_stage_that_moves_frozen_rows_is_not_saved(tmp_path, init, arm, monkeypatch):
     write = embeddings.write_rows
-    monkeypatch.setattr(embeddings, "write_rows", lambda model, ids, *more: write(model, [i - 1 for i in ids], *more))
+    monkeypatch.setattr(embeddings, "write_rows",
+                        lambda model, ids, *more: write(model, [i - 1 for i in ids], *more))
     with pytest.raises(AssertionError, match="rows moved"):
-        training.train_stage(config(model=str(tiny_model_folder)), arm, training.Stage(1, 1e-2), init, tmp_path / "a",
-                             WINDOWS, 4, WINDOWS, silent)
+        train_stage(arm, training.Stage(4, 1e-2), init, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
-def test_a_stage_with_lora_is_saved_as_it_was_trained(tiny_model_folder, tmp_path, init, arm):
-    """Rows, matrices and merged adapter: the checkpoint, opened plainly, differs from its source where it should."""
-    stage = training.Stage(4, 1e-2, 1e-3, 1e-2, "attention")
-    training.train_stage(config(model=str(tiny_model_folder)), arm, stage, init, tmp_path / "c", WINDOWS * 4, 4, WINDOWS,
-                         silent)
-    before, after = (dict(AutoModelForCausalLM.from_pretrained(f).named_parameters()) for f in (init, tmp_path / "c"))
+def test_a_stage_with_lora_is_saved_as_it_was_trained(tmp_path, init, arm):
+    """Rows, matrices and merged adapter: the checkpoint differs from its source where it must."""
+    train_stage(arm, training.Stage(4, 1e-2, 1e-3, 1e-2, "attention"), init, tmp_path / "c")
+    before, after = (dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+                     for folder in (init, tmp_path / "c"))
     assert before.keys() == after.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj"}
@@ -156,7 +157,8 @@ def test_an_untied_head_survives_saving_loading_and_lm_eval(untied, tmp_path, ex
         untied.get_output_embeddings().weight.mul_(-1)  # as different as can be
     untied.save_pretrained(tmp_path)
     new.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()  # as load_decoder on a CPU
+    # The attention kernel is that of load_decoder on a CPU.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     batch = batch_of(new, TEXTS)
     with torch.no_grad():
@@ -196,8 +198,9 @@ def test_a_score_is_that_of_a_plain_forward_pass(untied, extended):
     mass = logprobs[others][:, list(pieces_of)].exp().sum().item()
     assert item == {"id": item["id"], "nats": pytest.approx(sum(nats), abs=1e-4), "tokens": len(nats),
                     "bytes": len(TEXTS[0].encode()), "mass": pytest.approx(mass, rel=1e-3),
-                    "term_nats": pytest.approx(nats[place], abs=1e-4), "rank": rank, "reciprocal_rank": 1 / rank,
-                    "after_nats": pytest.approx(sum(nats[place + 1:]), abs=1e-4), "after_bytes": len(" graph.")}
+                    "term_nats": pytest.approx(nats[place], abs=1e-4), "rank": rank,
+                    "reciprocal_rank": 1 / rank, "after_bytes": len(" graph."),
+                    "after_nats": pytest.approx(sum(nats[place + 1:]), abs=1e-4)}
     assert set(other) == {"id", "nats", "tokens", "bytes", "mass"} and other["id"] != item["id"]
     assert "mass" not in task.score(untied, new, [row], 2)[0]
 
@@ -215,7 +218,8 @@ def test_a_term_alone_can_be_encoded_by_another_tokenizer(tokenizer, extended):
     assert task.encode(tokenizer, across) == (task.ids_of(tokenizer, across["text"]), None)
 
 
-ITEMS = [{"id": str(k), "nats": 100.0 + k, "bytes": 200, "tokens": 50, "term_nats": 3.0 + k} for k in range(6)]
+ITEMS = [{"id": str(k), "nats": 100.0 + k, "bytes": 200, "tokens": 50, "term_nats": 3.0 + k}
+         for k in range(6)]
 BETTER = [item | {"nats": item["nats"] - 20 - item["term_nats"]} for item in ITEMS]
 
 
@@ -224,7 +228,8 @@ def test_a_metric_is_one_entry_and_is_seen_in_rows_deltas_and_verdicts(monkeypat
     monkeypatch.setattr(task, "METRICS", [*task.METRICS, own])
     rows = {r["metric"]: r for r in task.rows_of("term windows", "base", ITEMS, stage="a")}
     assert set(rows) == {"bits_per_byte", "term_bits", "tokens_per_byte", "nats_per_token"}
-    assert rows["nats_per_token"]["value"] == pytest.approx(102.5 / 50) and rows["nats_per_token"]["stage"] == "a"
+    assert rows["nats_per_token"]["value"] == pytest.approx(102.5 / 50)
+    assert {row["stage"] for row in rows.values()} == {"a"}
     assert rows["bits_per_byte"]["value"] == pytest.approx(102.5 / 200 / math.log(2))
     deltas = {r["metric"]: r for r in task.delta_rows("minus base", "new", ITEMS, BETTER)}
     assert set(deltas) == {"bits_per_byte", "term_bits", "nats_per_token"}  # those with a direction
@@ -232,7 +237,8 @@ def test_a_metric_is_one_entry_and_is_seen_in_rows_deltas_and_verdicts(monkeypat
 
 
 def test_items_without_a_term_are_left_out_of_what_is_about_terms_and_pairs_are_checked():
-    across = [{k: v for k, v in item.items() if k != "term_nats"} if k == 2 else item for k, item in enumerate(BETTER)]
+    across = [dict(item) for item in BETTER]
+    del across[2]["term_nats"]
     n = {r["metric"]: r["n"] for r in task.rows_of("term windows", "AddedToken", across)}
     assert n["bits_per_byte"] == 6 and n["term_bits"] == 5
     n = {r["metric"]: r["n"] for r in task.delta_rows("minus 03", "AddedToken", ITEMS, across)}
@@ -267,7 +273,8 @@ def test_every_term_comes_once_a_round_and_no_window_twice():
     assert sorted(r["text"] for r in ordered) == sorted(r["text"] for r in rows)
     assert ordered == windows.interleave_terms(rows, 0, 4) != windows.interleave_terms(rows, 1, 4)
     one_span = [{"term": t, "text": f"{t}{i}"} for t in "abcd" for i in range(8)]
-    first = windows.interleave_terms(one_span + [{"term": t, "text": "a later round"} for t in "abcd"], 0, 4)[:32]
+    later = [{"term": t, "text": "a later round"} for t in "abcd"]
+    first = windows.interleave_terms(one_span + later, 0, 4)[:32]
     assert Counter(r["term"] for r in first) == dict.fromkeys("abcd", 8)
 
 
@@ -325,7 +332,7 @@ def test_training_goes_on_after_the_last_finished_stage_and_ends_the_same(tiny_m
         assert results.sha256(tmp_path / "whole" / stage / "model.safetensors") == \
             results.sha256(tmp_path / "stopped" / stage / "model.safetensors")
     lines = []
-    assert train("whole", lambda **values: lines.append(values)) == whole and not lines  # nothing is trained again
+    assert train("whole", lambda **values: lines.append(values)) == whole and not lines  # not trained again
 
 
 def test_a_model_with_its_own_head_cannot_be_tied(init, arm, tmp_path):
@@ -336,8 +343,8 @@ def test_a_model_with_its_own_head_cannot_be_tied(init, arm, tmp_path):
 # ---------------------------------------------------------------------------------- cosines
 
 def test_cosines_and_neighbours_of_a_matrix_made_by_hand(tokenizer):
-    matrix = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1],
-                           [-0.9, -0.1, 0]])  # mean 0
+    matrix = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1],
+                           [0, 0, -1], [-0.9, -0.1, 0]])  # mean 0
     layer = SimpleNamespace(weight=matrix + 5)
     model = SimpleNamespace(get_input_embeddings=lambda: layer, get_output_embeddings=lambda: layer)
 
@@ -348,18 +355,20 @@ def test_cosines_and_neighbours_of_a_matrix_made_by_hand(tokenizer):
                                {"t": 0, "u": 3}, {1: "near", 2: "far", 3: "across"})
     item, bare = found["input"]
     near = 0.9 / math.hypot(0.9, 0.1)
-    assert item == {"id": "t", "neighbours": ["near", "across", "far"], "anchors": pytest.approx(near, abs=1e-5),
-                    "negatives": pytest.approx(-1, abs=1e-5), "contrast": pytest.approx(near + 1, abs=1e-5)}
+    assert item == {"id": "t", "neighbours": ["near", "across", "far"],
+                    "anchors": pytest.approx(near, abs=1e-5), "negatives": pytest.approx(-1, abs=1e-5),
+                    "contrast": pytest.approx(near + 1, abs=1e-5)}
     assert set(bare) == {"id", "neighbours"} and found["output"][0] == item
 
 
 def test_whole_words_are_entries_that_begin_with_a_space(tokenizer):
     words = embeddings.whole_words(tokenizer)
-    assert words[task.ids_of(tokenizer, " graph")[0]] == "graph" and task.ids_of(tokenizer, "graph")[0] not in words
+    (with_space,), (without,) = task.ids_of(tokenizer, " graph"), task.ids_of(tokenizer, "graph")
+    assert words[with_space] == "graph" and without not in words
 
 
 def test_the_test_texts_are_read_by_kind(tmp_path):
-    rows = [{"set": "term windows", "text": " a"}, {"set": "any text", "text": " b"}, {"set": "any text", "text": " c"}]
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    window, *others = ({"set": kind, "text": kind} for kind in ("term windows", "any text", "any text"))
+    results.write_rows(tmp_path / "test.jsonl", [window, *others])
     run = SimpleNamespace(artifact=lambda step, name: tmp_path / name)
-    assert {kind: len(part) for kind, part in task.test_sets(run).items()} == {"term windows": 1, "any text": 2}
+    assert task.test_sets(run) == {"term windows": [window], "any text": others}

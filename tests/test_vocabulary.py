@@ -1,4 +1,4 @@
-"""New words: one id in every context they should have, none where they should not, and nothing else changed."""
+"""New words: one id in every context they should have, none where they should not, nothing else changed."""
 
 import copy
 import json
@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from task3_tokenizer import vocabulary
 
 TERMS = ["NetworkX", "undirected", "Chebyshev", "крипта", "айтишка", "estimator"]
-MIXED = ["The NetworkX graph is undirected.", "Сегодня крипта растёт, а айтишка нет 😀\n\n  новая   строка\t", "def f(x):\n    return x ** 2  # 🙂",
-         "estimator", " estimators and (estimator) and the estimator", "Chebyshev's Chebyshevs", "", " ", "ünïcödé — „quotes“"]
+MIXED = ["The NetworkX graph is undirected.", "Сегодня крипта растёт, а айтишка нет 😀\n\n  новая   строка\t",
+         "def f(x):\n    return x ** 2  # 🙂", "estimator", " estimators and (estimator) and the estimator",
+         "Chebyshev's Chebyshevs", "", " ", "ünïcödé — „quotes“"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ def test_special_tokens_behind_the_vocabulary_keep_their_ids(tokenizer):
     behind = other.convert_tokens_to_ids("<|behind|>")
     assert behind == len(tokenizer)
     new, added = vocabulary.extend(other, ["NetworkX"])
-    assert new.convert_tokens_to_ids("<|behind|>") == behind and [what["id"] for what in added.values()] == [behind + 1]
+    assert new.convert_tokens_to_ids("<|behind|>") == behind
+    assert [what["id"] for what in added.values()] == [behind + 1]
     assert new("<|behind|> NetworkX").input_ids == [behind, behind + 1]
 
 
@@ -119,15 +121,16 @@ def test_terms_that_contain_each_other_are_all_one_token(tokenizer):
 @pytest.mark.parametrize(("terms", "reason"), [
     (["graph"], "in the vocabulary already, as 'Ġgraph'"), (["T-cell"], "always splits it: ĠT | - | cell"),
     (["two words"], "always splits it"),
-    (["NetworkX", "NetworkX"], "term 'NetworkX': stands twice"), ([" NetworkX"], "spaces around"), ([""], "empty")])
+    (["NetworkX", "NetworkX"], "term 'NetworkX': stands twice"), ([" NetworkX"], "spaces around"),
+    ([""], "empty")])
 def test_terms_that_cannot_be_are_refused_in_one_line(tokenizer, terms, reason):
     with pytest.raises(SystemExit) as error:
         vocabulary.extend(tokenizer, terms)
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-SENTENCES = ["The NetworkX library", "a graph, undirected, of nodes", "Сегодня крипта выросла", "Наша айтишка и крипта", "an estimator fits",
-             "at Chebyshev nodes"]
+SENTENCES = ["The NetworkX library", "a graph, undirected, of nodes", "Сегодня крипта выросла",
+             "Наша айтишка и крипта", "an estimator fits", "at Chebyshev nodes"]
 
 
 @pytest.fixture(scope="module")
@@ -159,4 +162,4 @@ def test_what_each_added_token_does_wrong(ways):
     assert lost.decode(lost("The NetworkX library").input_ids) == "TheNetworkX library"  # the space is gone
     never = ways["AddedToken with space, single_word"]
     assert " NetworkX" not in vocabulary.pieces(never, "The NetworkX library")  # does not fire after a letter
-    assert " estimator" in vocabulary.pieces(ways["AddedToken with space"], "the estimators")  # cuts longer words
+    assert " estimator" in vocabulary.pieces(ways["AddedToken with space"], "the estimators")  # in longer words
