@@ -80,7 +80,7 @@ def main(run):
     results.write_atomic(run.folder / "items_base.json", json.dumps(items))
     run.save(table, artifacts=["items_base.json"])
     bits = next(row for row in table if (row["table"], row["metric"]) == ("term windows", "bits_per_byte"))
-    run.log(base_bits_per_byte=bits["value"], n=bits["n"])
+    run.log(base_bits_per_byte=bits["value"])
 
 
 if __name__ == "__main__":

@@ -111,8 +111,7 @@ PROFILES = {
     "smoke": dict(texts_a=1, texts_b=1, texts_c1=1, texts_c2=1, batch_size=8, log_every=1),
     "cpu": dict(),
     "gpu": dict(
-        # The assignment's upper bound and more; a term with fewer than these 250 has the same shares of what
-        # it has.
+        # The assignment's upper bound and more; of fewer than 250 windows each stage gets the same share.
         texts_a=100,
         texts_b=50,
         texts_c1=50,
@@ -125,8 +124,7 @@ PROFILES = {
 # ---------------------------------------------------------------------------------- stages and arms
 
 class Stage(NamedTuple):
-    """What a stage trains: the arm's rows, the matrices they stand in if these have a rate, and LoRA on
-    `layers`."""
+    """What a stage trains: the arm's rows; the whole matrices, if they have a rate; and LoRA on `layers`."""
     texts: int  # of each term
     lr_rows: float
     lr_matrices: float | None = None
@@ -135,15 +133,14 @@ class Stage(NamedTuple):
 
 
 def stages(cfg, batch_size: int) -> dict[str, Stage]:
-    """{stage: what it trains, in order}; the comment at `batch_size` in Config explains the scale of the
-    rates."""
+    """{stage: what it trains}, in order; the comment at Config.batch_size explains the scale of the rates."""
     scale = math.sqrt(batch_size / cfg.batch_size)
-    rates = scale * cfg.lr_rows_later, scale * cfg.lr_matrices, scale * cfg.lr_lora
+    rows, matrices, lora = scale * cfg.lr_rows_later, scale * cfg.lr_matrices, scale * cfg.lr_lora
     return {
         "a": Stage(cfg.texts_a, scale * cfg.lr_rows),
-        "b": Stage(cfg.texts_b, *rates[:2]),
-        "c1": Stage(cfg.texts_c1, *rates, "attention"),
-        "c2": Stage(cfg.texts_c2, *rates, "all-linear"),
+        "b": Stage(cfg.texts_b, rows, matrices),
+        "c1": Stage(cfg.texts_c1, rows, matrices, lora, "attention"),
+        "c2": Stage(cfg.texts_c2, rows, matrices, lora, "all-linear"),
     }
 
 
@@ -229,8 +226,7 @@ class WindowTrainer(Trainer):
 
 
 def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: int, log, name: str) -> dict:
-    """Train the parameter groups `learn` {"params", "lr"} of `model` on the windows `rows`; returns the
-    stats."""
+    """Train the parameter groups `learn` {"params", "lr"} of `model` on the windows `rows`; returns stats."""
     start = task.start_ids(tokenizer)
     lines = [[*start, *task.ids_of(tokenizer, row["text"])] for row in rows]
     steps, precision = math.ceil(len(lines) / batch_size), models.compute_name(cfg.compute)

@@ -56,7 +56,8 @@ def test_a_hand_made_list_is_read(tokenizer, tmp_path):
 @pytest.mark.parametrize(("text", "reason"), [
     ("", "expected columns term, anchors"), (HEAD, "expected columns"),
     ("term,anchors\nNetworkX,graph\n", "expected columns"),
-    (HEAD + "graph,,,x\n", "in the vocabulary already"), (HEAD + "NetworkX,,,x\nNetworkX,,,x\n", "stands twice"),
+    (HEAD + "graph,,,x\n", "in the vocabulary already"),
+    (HEAD + "NetworkX,,,x\nNetworkX,,,x\n", "stands twice"),
     (HEAD + "NetworkX,Chebyshev,,x\n", "line 2: anchor 'Chebyshev' of 'NetworkX' is 4 tokens")])
 def test_a_bad_list_is_one_line(tokenizer, tmp_path, text, reason):
     with pytest.raises(SystemExit) as error:

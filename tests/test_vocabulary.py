@@ -162,4 +162,4 @@ def test_what_each_added_token_does_wrong(ways):
     assert lost.decode(lost("The NetworkX library").input_ids) == "TheNetworkX library"  # the space is gone
     never = ways["AddedToken with space, single_word"]
     assert " NetworkX" not in vocabulary.pieces(never, "The NetworkX library")  # does not fire after a letter
-    assert " estimator" in vocabulary.pieces(ways["AddedToken with space"], "the estimators")  # in longer words
+    assert " estimator" in vocabulary.pieces(ways["AddedToken with space"], "the estimators")  # too early
