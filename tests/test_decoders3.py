@@ -114,8 +114,8 @@ def test_a_text_starts_with_what_the_tokenizer_puts_there_else_with_eos(tokenize
     assert seen[0].tolist() == [with_bos(TEXTS[1]).input_ids]
 
 
-@pytest.mark.parametrize("name", [name if name == "GPT-NeoX" else pytest.param(name, marks=pytest.mark.all)
-                                  for name in DECODERS if name != "Mixtral"])
+@pytest.mark.all  # 40 s each; make test takes a tied Llama through all steps, in test_pipeline3.py
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "Mixtral"])
 def test_all_four_steps_take_it_and_store_what_the_plain_model_gives(name, repo, tokenizer, tmp_path):
     folder, slug = save_decoder(name, tokenizer, tmp_path / "base"), f"decoder-{name.replace(' ', '-')}"
     arguments = ["--run", slug, *test_pipeline3.own_arguments(repo, folder), "compute=fp32"]
