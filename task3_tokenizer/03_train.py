@@ -1,40 +1,63 @@
-"""Question: what do new rows, whole matrices and LoRA each add, and would the same training have done as much with the old tokenizer?
+"""Question: what do new rows, whole matrices and LoRA each add, and is it more than without new tokens?
 
-Two arms, the same texts in the same order: "new" has the terms as single tokens, "control" spells them as before. Four stages each, every
-one with a fresh optimizer: (a) rows only, (b) input embedding and output head, (c1) these and LoRA on attention, (c2) on the MLP as well.
+Two models are trained on the same texts in the same order, the arms of the experiment: "new" has the terms as
+single tokens, "control" keeps the old tokenizer. Each goes through four stages, every one with a fresh
+optimizer: (a) rows of tokens only, (b) input embedding and output head, (c1) these and LoRA on the attention,
+(c2) LoRA on the MLP as well. A stage reads a checkpoint that plain transformers can open, and writes another.
 
-Reads   terms.json, tokenizer/ and {train,dev,known}.jsonl of 01, under runs/<run>/task3_tokenizer/
-Writes  results/<run>/task3_tokenizer/03_train.json, runs/<run>/task3_tokenizer/{new,control}/{init,a,b,c1,c2}/ (plain checkpoints), known/
-Needs   about 7 min and 11 GB on 2 cores, 3 GB of disk; interrupted (Ctrl-C, kill, power), the same command goes on with the stage it was in
+Reads   terms.json, tokenizer/ and {train,dev}.jsonl of 01, under runs/<run>/task3_tokenizer/
+Writes  results/<run>/task3_tokenizer/03_train.json; checkpoints under runs/<run>/task3_tokenizer/, in
+        {new,control}/{init,a,b,c1,c2}/
+Needs   about 7 min and 11 GB on 2 cores, 3 GB of disk. Interrupted, the same command goes on after the last
+        finished stage.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
 
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+    results.check_arguments(__file__, __doc__)  # before the seconds that the next imports take
 
+import gc
+import math
+import shutil
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
-from task3_tokenizer import calibration, task, training
+from common import models  # before anything that loads bitsandbytes: it keeps that quiet
+
+# isort: split
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from common import training
+from task3_tokenizer import embeddings, task, windows
 
 
 @dataclass(frozen=True)
 class Config(task.Config):
     # -- the new rows --
-    # First values: the mean of the old pieces' rows, as the assignment says. Others: embeddings.INITS; make ablations compares them.
+    # First values: the mean of the old pieces' rows, as the assignment says. `make ablations` compares it
+    # with the others of embeddings.INITS.
     init: str = "mean of pieces"
-    # One matrix for input and output, as the model came? Two by default: an input row says what a word means, an output row when it comes.
+    # One matrix for input and output, as SmolLM2 has it? Two by default: the input row encodes meaning, the
+    # output row predicts occurrence.
     tied: bool = False
 
-    # -- texts, all seen once: 51 a token, as the assignment's 50-100 --
-    # (a) gets nearly half of them: it is the cheapest stage, and the only one that can teach without touching anything else.
+    # -- texts, all seen once: 51 for each token, as the assignment's 50-100 --
+    # (a) gets nearly half of them: it is the cheapest stage, and the only one that teaches without touching
+    # old weights.
     texts_a: int = 24
     # Enough to see what a stage adds, few enough that every old row of the matrices moves little.
     texts_b: int = 9
@@ -43,30 +66,34 @@ class Config(task.Config):
     # As (b).
     texts_c2: int = 9
 
-    # -- the optimizer (dev figures are of earlier windows and numbers of texts: to be compared with each other only) --
-    # (a): 38 steps took dev bits per byte from 1.731 to 1.589 at 1e-2, 1.596 at 2e-2; with four more terms and 45 steps, from 1.796 to 1.723 at
-    # 1e-3, 1.682 at 3e-3, 1.661 at 1e-2. Usual rates are for matrices of which every row is trained all the time.
+    # -- the optimizer; dev figures of one comment share texts, which differ from those of other comments --
+    # Rows in (a): 38 steps took dev bits per byte from 1.731 to 1.589 at 1e-2 and to 1.596 at 2e-2; with four
+    # more terms and 45 steps, from 1.796 to 1.723 at 1e-3, 1.682 at 3e-3 and 1.661 at 1e-2. Usual rates are
+    # for matrices of which every row is trained all the time.
     lr_rows: float = 1e-2
-    # The same rows in (b) and later, still a parameter of their own: dev after (c2) 1.168 (control 1.159), against 1.172 (1.161) when they
-    # followed at the rate of the matrices.
+    # The same rows in (b) and later, still a parameter of their own: dev after (c2) was 1.168 (control
+    # 1.159), against 1.172 (1.161) when they were trained at the rate of the matrices.
     lr_rows_later: float = 3e-3
-    # (b) and later: 28 million old weights move with it. Dev 1.564 at 1e-4, 1.516 at 3e-4, 1.435 at 1e-3, but general English, which 3e-4
-    # made cheaper (1.059 bits a byte after 1.067), was at 1e-3 dearer than before training (1.069).
+    # Matrices in (b) and later, 28 million old weights: dev 1.564 at 1e-4, 1.516 at 3e-4, 1.435 at 1e-3. But
+    # general English got better at 3e-4 (1.067 to 1.059 bits per byte) and worse at 1e-3 (1.069).
     lr_matrices: float = 3e-4
-    # LoRA weights start from nothing and have 12 steps. Dev after (c1) was 1.370 at 1e-3 and lower at 2e-3, one run each, but 2e-3 is near
-    # the edge: with four Russian terms in batches of four (c2) diverged there, its loss rising from 2.9 to 4.2.
+    # LoRA weights have only 12 steps. Dev after (c1) was 1.370 at 1e-3 and lower at 2e-3, one run each, but
+    # 2e-3 is near the edge: with four Russian terms in batches of four (c2) diverged there, its loss rising
+    # from 2.9 to 4.2.
     lr_lora: float = 1e-3
-    # 0: decay pulls a row towards 0, which is no better place for a word, and would move rows that no text trains.
+    # No decay: it pulls a row towards 0, which is no better place for a word.
     weight_decay: float = 0.0
-    # Windows of about 45 tokens a step, never more than there are terms: a step is then 2,800 bytes of text and has most terms. The three rates
-    # were tuned at 16. Where fewer terms make n windows of batch_size they are multiplied by sqrt(n / batch_size), as Adam wants it (Malladi
-    # et al. 2022, arXiv:2205.10782). No profile changes it: the rates would have to be tuned again.
+    # Windows of about 45 tokens in a step, but never more than there are terms: a step is then 2,800 bytes of
+    # text and has most terms. The three rates were tuned at 16, so no profile changes it. Where there are
+    # fewer terms than batch_size, the rates fall with the square root of the batch, which is Adam's rule
+    # (Malladi et al. 2022, arXiv:2205.10782).
     batch_size: int = 16
-    # Share of a stage's steps in which the rate rises: each stage has a fresh optimizer, whose first steps know nothing of the gradients' scale.
+    # Share of a stage's steps in which the rate rises, because Adam's statistics are unreliable in its first
+    # steps.
     warmup: float = 0.1
-    # Falls to zero within each stage.
+    # The rate falls to zero within each stage.
     schedule: str = "cosine"
-    # The library's default, trims outliers.
+    # The library's default: it limits the effect of outliers.
     max_grad_norm: float = 1.0
 
     # -- the adapter of (c1) and (c2), merged after each --
@@ -74,78 +101,215 @@ class Config(task.Config):
     lora_r: int = 16
     # alpha / r = 2 as in task 1.
     lora_alpha: int = 32
-    # No text is seen twice.
+    # No text is seen twice, so there is nothing to overfit.
     lora_dropout: float = 0.0
-    # Layers that get LoRA in (c1): "auto" takes every linear layer inside the attention, whatever the
-    # architecture calls it; or names separated by blanks.
-    attention: str = "auto"
-    # Layers that get LoRA in (c2) as well: "auto" takes the other linear layers of the decoder.
-    mlp: str = "auto"
     # Steps between log lines.
     log_every: int = 5
 
 
 PROFILES = {
-    "smoke": dict(
-        texts_a=1,  # proves the path
-        texts_b=1,  # same
-        texts_c1=1,  # same
-        texts_c2=1,  # same
-        batch_size=8,  # three steps a stage
-        log_every=1,  # short
-    ),
+    "smoke": dict(texts_a=1, texts_b=1, texts_c1=1, texts_c2=1, batch_size=8, log_every=1),
     "cpu": dict(),
     "gpu": dict(
-        texts_a=100,  # minutes become seconds; of a term that has fewer than the 250, all four are cut alike
-        texts_b=50,  # same
-        texts_c1=50,  # same
-        texts_c2=50,  # same
-        log_every=20,  # fewer lines
+        # The assignment's upper bound and more; of fewer than 250 windows each stage gets the same share.
+        texts_a=100,
+        texts_b=50,
+        texts_c1=50,
+        texts_c2=50,
+        log_every=20,
     ),
 }
 
 
-def main(run):
-    cfg = run.cfg
-    data = run.load("01_data")
-    terms, extended = run.artifact("01_data", "terms.json"), run.artifact("01_data", "tokenizer")
-    lexicon = task.lexicon(cfg.model, terms, extended)
-    train, dev, known = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev", "known"))
-    windows = Counter(row["term"] for row in train)
-    asked = cfg.texts_a + cfg.texts_b + cfg.texts_c1 + cfg.texts_c2
-    fewer = [n for n in windows.values() if n < asked]
-    if fewer:
-        print(f"{len(fewer)} of {len(windows)} terms have fewer than the {asked} windows asked for, "
-              f"the fewest {min(fewer)}: the stages share what there is")
-    training.lora_layers(cfg)  # a wrong name is answered here, not after three stages
-    # the control trains the rows of the terms' pieces where the other arm trains new rows
-    arms = {"new": (lexicon.new, lexicon.splits, sorted(lexicon.splits)), "control": (lexicon.old, {}, lexicon.pieces)}
-    table, tokens, seconds = [], 0, 0.0
-    for arm, (tokenizer, splits, ids) in arms.items():
-        mark = partial(training.identity, vars(cfg), data, arm)
-        for stage, facts in training.stages(cfg, run.folder / arm, tokenizer, splits, ids, train, dev, mark, run.log):
-            table += [{"table": "curve", "model": arm, "stage": stage, "metric": "loss", **loss} for loss in facts.get("losses", [])]
-            table += [{"table": "training", "model": arm, "stage": stage, "metric": k, "value": v} for k, v in facts.items()
-                      if k not in ("identity", "losses")]
-            if stage != "init":
-                tokens, seconds = tokens + facts["tokens"], seconds + facts["seconds"]
-                run.log(arm=arm, stage=stage, steps=facts["steps"], dev_bits_per_byte=facts["dev_bits_per_byte"], seconds=facts["seconds"])
+# ---------------------------------------------------------------------------------- stages and arms
 
-    if lexicon.known:
-        batch = min(cfg.batch_size, len(lexicon.chosen))
-        few = max(1, round(batch * len(lexicon.known) / len(lexicon.chosen)))  # as many windows of a word in a step as stage (a) has
-        each = training.shares(cfg, max(windows.values()))["a"]
-        taught = training.in_turn([w for w in known if w["split"] == "train"], cfg.seed, few, each)
-        facts = training.stored(run.folder / "known", mark := training.identity(vars(cfg), data, "known"))
-        if facts is None:
-            facts = calibration.relearn(cfg, run.folder / "control" / "init", run.folder / "known", lexicon.old, lexicon.known, taught, few, mark,
-                                        run.log)
-        table += [{"table": "training", "model": "known words", "stage": "a", "metric": k, "value": facts[k]}
-                  for k in ("steps", "texts", "seconds", "trainable_parameters")]
-    artifacts = [f"{arm}/{stage}" for arm in ("new", "control") for stage in ("init", *task.STAGES)] + ["known"] * bool(lexicon.known)
-    run.save(table, artifacts=artifacts, tokens_per_second=tokens / seconds)
-    final = {r["model"]: r["value"] for r in table if r["metric"] == "dev_bits_per_byte" and r["stage"] == "c2"}
-    run.log(dev_bits_per_byte_new=final["new"], dev_bits_per_byte_control=final["control"])
+class Stage(NamedTuple):
+    """What a stage trains: the arm's rows; the whole matrices, if they have a rate; and LoRA on `layers`."""
+    texts: int  # of each term
+    lr_rows: float
+    lr_matrices: float | None = None
+    lr_lora: float | None = None
+    layers: str | None = None
+
+
+def stages(cfg, batch_size: int) -> dict[str, Stage]:
+    """{stage: what it trains}, in order; the comment at Config.batch_size explains the scale of the rates."""
+    scale = math.sqrt(batch_size / cfg.batch_size)
+    rows, matrices, lora = scale * cfg.lr_rows_later, scale * cfg.lr_matrices, scale * cfg.lr_lora
+    return {
+        "a": Stage(cfg.texts_a, scale * cfg.lr_rows),
+        "b": Stage(cfg.texts_b, rows, matrices),
+        "c1": Stage(cfg.texts_c1, rows, matrices, lora, "attention"),
+        "c2": Stage(cfg.texts_c2, rows, matrices, lora, "all-linear"),
+    }
+
+
+class Arm(NamedTuple):
+    name: str
+    tokenizer: object
+    pieces_of: dict[int, list[int]]  # {row to initialise: the rows it is made of}
+    ids: list[int]  # rows that learn in every stage
+
+
+def arms(lexicon: task.Lexicon) -> list[Arm]:
+    """New tokens, and the control, which trains the rows of the terms' old pieces instead of new rows."""
+    pieces = {i for term in lexicon.ids for i in task.ids_of(lexicon.old, f" {term}")}
+    return [Arm("new", lexicon.new, lexicon.pieces_of, sorted(lexicon.pieces_of)),
+            Arm("control", lexicon.old, {}, sorted(pieces))]
+
+
+# ---------------------------------------------------------------------------------- one stage
+
+def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
+    """The model before training: untied unless cfg.tied, resized to the tokenizer, new rows initialised.
+    Saved in `target`; returns its stats."""
+    model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
+    tied = model.config.tie_word_embeddings
+    if cfg.tied and not tied:
+        raise SystemExit(f"tied=true: {cfg.model} has an output head of its own; leave it untied")
+    if tied and not cfg.tied:
+        embeddings.untie(model)
+    now = len(model.get_input_embeddings().weight)
+    model.resize_token_embeddings(max(now, len(arm.tokenizer)), mean_resizing=False)
+    if arm.pieces_of:
+        embeddings.initialise(model, arm.pieces_of, cfg.init, cfg.seed)
+    return save(cfg, arm, target, model, dev)
+
+
+def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: list[dict], batch_size: int,
+                dev: list[dict], log) -> dict:
+    """Train the checkpoint `source` on windows, in their order and once, and save it as `target`: LoRA is
+    merged, and rows and matrices are rounded to the model's own format. Returns the stats."""
+    transformers.set_seed(cfg.seed)
+    model = models.load_decoder(str(source), models.compute_name(cfg.compute))
+    plain, frozen = embeddings.both(model), stage.lr_matrices is None
+    rows, matrices = embeddings.train_rows(model, arm.ids, whole=not frozen)
+    learn = [{"params": rows, "lr": stage.lr_rows}, {"params": matrices, "lr": stage.lr_matrices}]
+    if stage.layers:
+        attention = [name for name in models.linear_layers(model) if "attn" in name or "attention" in name]
+        model = get_peft_model(model, LoraConfig(
+            task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+            bias="none", target_modules=attention if stage.layers == "attention" else stage.layers))
+        for parameter in rows + matrices:  # PEFT freezes everything that it did not make
+            parameter.requires_grad_(True)
+        lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        learn.append({"params": lora, "lr": stage.lr_lora})
+    learn = [group for group in learn if group["params"]]
+    stats = fit(cfg, model, arm.tokenizer, learn, texts, batch_size, log, f"{arm.name}/{target.name}")
+
+    model = model.merge_and_unload() if stage.layers else model
+    model.set_input_embeddings(plain[0])
+    model.set_output_embeddings(plain[1])
+    model.config.use_cache = True  # the Trainer turned it off, which would make generation slow
+    before = [layer.weight.detach().float() for layer in plain]
+    embeddings.write_rows(model, arm.ids, rows, matrices)
+    for side, old, layer in zip(("input", "output"), before, plain):
+        moved = (layer.weight.detach().float() - old).abs()
+        moved[arm.ids] = 0
+        assert not frozen or not moved.any(), f"{target}: rows moved that this stage does not train"
+        stats[f"{side}_largest_change_of_other_rows"] = moved.max().item()
+    return stats | save(cfg, arm, target, model, dev)
+
+
+class WindowTrainer(Trainer):
+    """The mean cross-entropy of a batch's real tokens after the first `n_start`, computed in `precision`.
+
+    The library's own loss would need logits of padding too, 1 GB a step in fp32.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        real = inputs["attention_mask"][:, self.n_start:].bool()
+        with models.autocast(self.precision):
+            states = models.causal_of(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
+            logits = models.logits_of(model, states[:, self.n_start - 1:-1][real])
+        return torch.nn.functional.cross_entropy(logits, inputs["input_ids"][:, self.n_start:][real])
+
+
+def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: int, log, name: str) -> dict:
+    """Train the parameter groups `learn` {"params", "lr"} of `model` on the windows `rows`; returns stats."""
+    start = task.start_ids(tokenizer)
+    lines = [[*start, *task.ids_of(tokenizer, row["text"])] for row in rows]
+    steps, precision = math.ceil(len(lines) / batch_size), models.compute_name(cfg.compute)
+    args = TrainingArguments(
+        output_dir=str(results.ROOT / "runs"), save_strategy="no", remove_unused_columns=False, seed=cfg.seed,
+        per_device_train_batch_size=batch_size, train_sampling_strategy="sequential", max_steps=steps,
+        lr_scheduler_type=cfg.schedule, warmup_steps=max(1, round(cfg.warmup * steps)),
+        max_grad_norm=cfg.max_grad_norm, logging_steps=cfg.log_every, **training.options(precision))
+    trainer = WindowTrainer(
+        model=model, args=training.one_process(args), train_dataset=lines,
+        data_collator=lambda batch: task.padded(batch, tokenizer.pad_token_id),
+        optimizers=(torch.optim.AdamW(learn, weight_decay=cfg.weight_decay), None),
+        callbacks=[training.Log(log, ("loss", "grad_norm"), stage=name)])
+    trainer.n_start, trainer.precision = len(start), precision
+    trainer.remove_callback(PrinterCallback)
+    started = time.time()
+    trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # undoes the autocast around its forward
+    readings = [reading for reading in trainer.state.log_history if "loss" in reading]
+    stats = {"steps": steps, "texts": len(rows), "tokens": sum(map(len, lines)),
+             "seconds": time.time() - started,
+             "trainable_parameters": sum(p.numel() for group in learn for p in group["params"]),
+             "losses": [{"step": reading["step"], "value": reading["loss"]} for reading in readings]}
+    del trainer
+    gc.collect()  # trainer and model hold each other, and with them the optimizer's state
+    return stats
+
+
+def save(cfg, arm: Arm, target: Path, model, dev: list[dict]) -> dict:
+    """Write a checkpoint that AutoModelForCausalLM and AutoTokenizer open; returns its bits per byte of dev
+    windows."""
+    items = task.score(model.eval(), arm.tokenizer, dev, cfg.eval_batch_size)
+    bits = sum(i["nats"] for i in items) / sum(i["bytes"] for i in items) / math.log(2)
+    shutil.rmtree(target, ignore_errors=True)
+    model.save_pretrained(target)
+    arm.tokenizer.save_pretrained(target)
+    return {"dev_bits_per_byte": bits}
+
+
+# ---------------------------------------------------------------------------------- all stages
+
+def train(cfg, arm: Arm, folder: Path, rows: list[dict], dev: list[dict], made_from: str,
+          log) -> Iterator[tuple[str, dict]]:
+    """Train one arm on the windows `rows`, checkpoint after checkpoint under `folder`; yields (stage, stats),
+    "init" first. A finished stage has stage.json, and is not repeated for the same knobs, code and
+    `made_from`."""
+    batch_size = min(cfg.batch_size, len(windows.by_term(rows)))
+    plan, seed = stages(cfg, batch_size), cfg.seed
+    parts = windows.split_into_stages(rows, {name: stage.texts for name, stage in plan.items()})
+
+    def once(name, make, *arguments):
+        given = [vars(cfg), made_from, arm.name, name]
+        return name, results.cached(folder / name / "stage.json", given, partial(make, cfg, arm, *arguments))
+    yield once("init", save_untrained, folder / "init", dev)
+    source = folder / "init"
+    for name, stage in plan.items():
+        ordered = windows.interleave_terms(parts[name], seed, batch_size)
+        yield once(name, train_stage, stage, source, folder / name, ordered, batch_size, dev, log)
+        source, seed = folder / name, seed + max(map(len, windows.by_term(parts[name])))
+
+
+def main(run):
+    cfg, data, lexicon = run.cfg, results.result_hash(run.load("01_data")), task.lexicon(run)
+    rows, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
+    asked = {name: stage.texts for name, stage in stages(cfg, cfg.batch_size).items()}
+    n_windows = Counter(row["term"] for row in rows)
+    table = [{"table": "texts of a term", "name": term, "stage": stage, "metric": "texts", "value": texts}
+             for term, n in n_windows.items()
+             for stage, texts in windows.texts_per_stage(asked, n).items()]
+    tokens, seconds, dev_bits = 0, 0.0, {}
+    for arm in arms(lexicon):
+        for stage, stats in train(cfg, arm, run.folder / arm.name, rows, dev, data, run.log):
+            about = {"name": arm.name, "stage": stage}
+            losses = stats.pop("losses", [])
+            table += [{"table": "curve", **about, "metric": "loss", **loss} for loss in losses]
+            table += [{"table": "training", **about, "metric": k, "value": v} for k, v in stats.items()
+                      if k != "identity"]
+            tokens, seconds = tokens + stats.get("tokens", 0), seconds + stats.get("seconds", 0)
+            dev_bits[f"dev_bits_per_byte_{arm.name}"] = stats["dev_bits_per_byte"]
+            run.log(arm=arm.name, stage=stage, dev_bits_per_byte=stats["dev_bits_per_byte"])
+    run.save(table, tokens_per_second=tokens / seconds,
+             artifacts=[f"{arm}/{stage}" for arm in ("new", "control") for stage in ("init", *task.STAGES)])
+    run.log(**dev_bits)
 
 
 if __name__ == "__main__":

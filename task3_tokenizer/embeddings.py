@@ -1,7 +1,8 @@
-"""Rows of the two matrices that know words: initialised from old ones, trained on their own, compared with others.
+"""The two matrices of a causal model, one row per token: new rows get first values, learn on their own, are
+written back, and are compared with the rows of other words.
 
-A causal model has an input embedding (token -> vector) and an output head (vector -> logit per token), each a matrix of (vocabulary,
-hidden). In SmolLM2 they are one tensor ("tied"); `untie` makes them two.
+The input embedding (token -> vector) and the output head (vector -> logit per token) are matrices of
+(vocabulary, hidden). In SmolLM2 they are one tensor ("tied"); `untie` makes them two.
 """
 
 from __future__ import annotations
@@ -10,103 +11,116 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+INITS = ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces")
+
+
+def both(model) -> tuple[nn.Module, nn.Module]:
+    """(input embedding, output head)"""
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
 
 def untie(model) -> None:
     """Give the output head a matrix of its own, at first equal to the input's, and say so in the config."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}  # what transformers 5 drops from a checkpoint as a copy of something else
+    model.all_tied_weights_keys = {}  # transformers 5 leaves these out of a checkpoint, as copies
 
 
-INITS = ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces")
+# ---------------------------------------------------------------------------------- first values
 
+def initial(matrix: torch.Tensor, pieces: list[list[int]], method: str, side: str,
+            seed: int = 0) -> torch.Tensor:
+    """First values, (len(pieces), hidden) in fp32, of new rows of the "input" or "output" matrix (vocabulary,
+    hidden).
 
-def initial(matrix: torch.Tensor, splits: list[list[int]], method: str, side: str, seed: int = 0) -> torch.Tensor:
-    """First values, (len(splits), hidden) in fp32, of new rows of the "input" or "output" matrix (vocabulary, hidden).
-
-    "mean of pieces" (FVT, Gee et al. 2022); "random": a normal with the vocabulary's mean and deviation per dimension; "vocabulary
-    mean" (Hewitt 2021; all rows equal); "last and first piece": the last for the input, whose state a causal model reads on, the
-    first for the output, which has to be predicted; "weighted pieces": means with weights exp(2k) and exp(-2k), between the two
-    (AdaptiVocab, Nakash et al. 2025). ValueError for another method.
+    "mean of pieces" (FVT, Gee et al. 2022); "random": a normal with the vocabulary's mean and deviation per
+    dimension; "vocabulary mean" (Hewitt 2021; all rows equal); "last and first piece": the last for the
+    input, where a causal model has read the whole word, the first for the output, which has to be predicted
+    first; "weighted pieces": means with weights exp(2k) and exp(-2k), between the two (AdaptiVocab, Nakash et
+    al. 2025). ValueError for another method.
     """
     matrix = matrix.detach().float()
     if method == "random":
         generator = torch.Generator().manual_seed(seed + (side == "output"))
-        noise = torch.randn(len(splits), matrix.shape[1], generator=generator).to(matrix.device)
+        noise = torch.randn(len(pieces), matrix.shape[1], generator=generator).to(matrix.device)
         return matrix.mean(0) + matrix.std(0) * noise
     if method == "vocabulary mean":
-        return matrix.mean(0).repeat(len(splits), 1)
+        return matrix.mean(0).repeat(len(pieces), 1)
     if method == "mean of pieces":
-        return torch.stack([matrix[ids].mean(0) for ids in splits])
+        return torch.stack([matrix[ids].mean(0) for ids in pieces])
     if method == "last and first piece":
-        return torch.stack([matrix[ids[-1 if side == "input" else 0]] for ids in splits])
+        return torch.stack([matrix[ids[-1 if side == "input" else 0]] for ids in pieces])
     if method == "weighted pieces":
         sign = 2.0 if side == "input" else -2.0
-        return torch.stack([(sign * torch.arange(len(ids), device=matrix.device)).softmax(0) @ matrix[ids] for ids in splits])
+        weights = [(sign * torch.arange(len(ids), device=matrix.device)).softmax(0) for ids in pieces]
+        return torch.stack([weight @ matrix[ids] for weight, ids in zip(weights, pieces)])
     raise ValueError(f"init {method!r}: one of {', '.join(INITS)}")
 
 
 @torch.no_grad()
-def initialise(model, splits: dict[int, list[int]], method: str, seed: int, old: list | None = None) -> None:
-    """Write the first values of the new rows `splits` {id: ids of its pieces} into the model.
+def initialise(model, pieces_of: dict[int, list[int]], method: str, seed: int) -> None:
+    """Write the first values of the new rows {id: ids of its pieces} into both matrices.
 
-    They are made of `old`, an input and an output matrix, or else of the model's own. A head's bias gets the
-    mean of the pieces' biases: with the mean of their rows, a new logit is then the mean of its pieces'
-    logits.
+    A head's bias gets the mean of the pieces' biases: with the mean of their rows, a new logit is then the
+    mean of its pieces' logits.
     """
-    head, pieces = model.get_output_embeddings(), list(splits.values())
-    old = old or [model.get_input_embeddings().weight, head.weight]
-    rows = [initial(matrix, pieces, method, side, seed) for side, matrix in zip(("input", "output"), old)]
-    write_rows(model, list(splits), rows)
+    pieces, head = list(pieces_of.values()), model.get_output_embeddings()
+    rows = [initial(layer.weight, pieces, method, side, seed)
+            for side, layer in zip(("input", "output"), both(model))]
+    write_rows(model, list(pieces_of), rows)
     if head.bias is not None:
-        head.bias[list(splits)] = torch.stack([head.bias[ids].float().mean() for ids in pieces]).to(head.bias)
+        means = torch.stack([head.bias[ids].float().mean() for ids in pieces])
+        head.bias[list(pieces_of)] = means.to(head.bias)
+
+
+# ---------------------------------------------------------------------------------- training
+
+def matrix_and_rows(weight: torch.Tensor, ids: list[int], whole: bool) -> tuple[torch.Tensor, nn.Parameter]:
+    """(the matrix, a parameter in fp32 if `whole`, else a buffer; its rows `ids` as a parameter in fp32)"""
+    matrix = nn.Parameter(weight.float()) if whole else nn.Buffer(weight, persistent=False)
+    return matrix, nn.Parameter(weight[ids].float())
 
 
 class RowEmbedding(nn.Module):
-    """An embedding whose rows `ids` are a parameter of their own, in fp32; the matrix is a buffer, or with `whole` a second parameter.
+    """An embedding whose rows `ids` are a parameter of their own, in fp32; the matrix is a buffer, or with
+    `whole` a second parameter. forward: (rows, columns) ids -> (rows, columns, hidden).
 
-    What is no parameter cannot be moved by weight decay, momentum or clipping. Gemma's embedding multiplies
-    each vector by a scale after the look-up, and so does this one.
-    `forward`: (rows, columns) ids -> (rows, columns, hidden).
+    Weight decay, momentum and clipping cannot move what is no parameter. Gemma's embedding multiplies each
+    vector by a scale after the look-up, and so does this one.
     """
 
-    def __init__(self, embedding: nn.Embedding, ids: list[int], whole: bool = False):
+    def __init__(self, embedding: nn.Embedding, ids: list[int], whole: bool):
         super().__init__()
-        weight = embedding.weight
-        self.scale = getattr(embedding, "embed_scale", None)
+        weight = embedding.weight.detach()
+        self.scale, self.dtype = getattr(embedding, "embed_scale", None), weight.dtype
         place = torch.full((len(weight),), -1, device=weight.device)
         place[torch.tensor(ids)] = torch.arange(len(ids), device=weight.device)
-        self.register_buffer("place", place, persistent=False)
-        self.dtype = weight.dtype
-        self.weight = nn.Parameter(weight.detach().float()) if whole else nn.Buffer(weight.detach(), persistent=False)
-        self.rows = nn.Parameter(weight.detach()[torch.tensor(ids)].float())
+        self.register_buffer("place", place, persistent=False)  # of each id in `rows`; -1: in the matrix
+        self.weight, self.rows = matrix_and_rows(weight, ids, whole)
 
     def forward(self, ids):
         place = self.place[ids]
-        own = self.rows[place.clamp(min=0)]
-        old = functional.embedding(ids, self.weight)
-        found = torch.where((place >= 0)[..., None], own, old).to(self.dtype)
-        return found if self.scale is None else found * torch.as_tensor(self.scale, dtype=self.dtype)
+        own, old = self.rows[place.clamp(min=0)], functional.embedding(ids, self.weight)
+        vectors = torch.where((place >= 0)[..., None], own, old).to(self.dtype)
+        return vectors if self.scale is None else vectors * torch.as_tensor(self.scale, dtype=self.dtype)
 
 
 class RowHead(nn.Module):
-    """An output head made in the same way; `shared` is the embedding of a tied model, whose parameters it then uses.
+    """An output head made in the same way; `shared` is the embedding of a tied model, whose parameters it
+    then uses. forward: (..., hidden) -> (..., vocabulary).
 
-    Frozen rows cost no weight gradient: for 50k tokens that is a third of the head. A bias stays as it is.
-    `forward`: (..., hidden) -> (..., vocabulary).
+    Frozen rows cost no weight gradient: with 50k tokens that is a third of the head's time. A bias stays as
+    it is.
     """
 
     def __init__(self, head: nn.Linear, ids: list[int], whole: bool, shared: RowEmbedding | None):
         super().__init__()
-        weight = head.weight
+        weight = head.weight.detach()
         self.bias = None if head.bias is None else nn.Buffer(head.bias.detach(), persistent=False)
         self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
-        if shared is not None:
-            self.weight, self.rows = shared.weight, shared.rows
-        else:
-            self.weight = nn.Parameter(weight.detach().float()) if whole else nn.Buffer(weight.detach(), persistent=False)
-            self.rows = nn.Parameter(weight.detach()[self.ids].float())
+        own = (shared.weight, shared.rows) if shared else matrix_and_rows(weight, ids, whole)
+        self.weight, self.rows = own
 
     def forward(self, hidden):
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
@@ -117,9 +131,8 @@ class RowHead(nn.Module):
 def train_rows(model, ids: list[int], whole: bool = False) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Freeze the model but the rows `ids` of both matrices and, with `whole`, these matrices.
 
-    Returns (rows, matrices) to train, each of input and output, or one of each if the model is tied. Rows
-    are in the order of `ids`. Such a row in the matrix is not used any more: `write_rows` puts the trained
-    one over it.
+    Returns (rows, matrices) to train, each of input and output, or one of each if the model is tied. Rows are
+    in the order of `ids`. The matrix's own copy of such a row is not used any more: `write_rows` replaces it.
     """
     model.requires_grad_(False)
     inner = RowEmbedding(model.get_input_embeddings(), ids, whole)
@@ -127,30 +140,64 @@ def train_rows(model, ids: list[int], whole: bool = False) -> tuple[list[nn.Para
     outer = RowHead(model.get_output_embeddings(), ids, whole, shared)
     model.set_input_embeddings(inner)
     model.set_output_embeddings(outer)
-    return list(dict.fromkeys((inner.rows, outer.rows))), list(dict.fromkeys((inner.weight, outer.weight))) if whole else []
+    matrices = dict.fromkeys((inner.weight, outer.weight)) if whole else ()
+    return list(dict.fromkeys((inner.rows, outer.rows))), list(matrices)
 
 
 @torch.no_grad()
 def write_rows(model, ids: list[int], rows: list[torch.Tensor], matrices: list[torch.Tensor] = ()) -> None:
-    """Put `matrices` (vocabulary, hidden), if given, and over them rows (len(ids), hidden), in the order of
+    """Write `matrices` (vocabulary, hidden), if given, and over them rows (len(ids), hidden), in the order of
     `ids`, into the input and, if there are two, the output matrix of a plain model."""
     where = torch.tensor(ids, device=model.device)
-    plain = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    for matrix, values in zip(plain, matrices):
-        matrix.copy_(values)
-    for matrix, values in zip(plain, rows):
-        matrix[where] = values.to(matrix)
+    for layer, values in zip(both(model), matrices):
+        layer.weight.copy_(values)
+    for layer, values in zip(both(model), rows):
+        layer.weight[where] = values.to(layer.weight)
 
 
-def changes(before: list[torch.Tensor], after: list[torch.Tensor], ids: list[int]) -> dict:
-    """What became of the (input, output) matrices: largest and mean movement of all rows but `ids`, and the norms of these rows."""
-    found = {}
-    for side, old, new in zip(("input", "output"), before, after):
-        old, new = old.detach().float(), new.detach().float()
-        others = torch.ones(len(new), dtype=torch.bool, device=new.device)
-        others[list(ids)] = False
-        moved = (new - old)[others].abs()
-        found |= {f"{side}_largest_change_of_other_rows": moved.max().item(), f"{side}_mean_change_of_other_rows": moved.mean().item(),
-                  f"{side}_rows_identical": bool((moved == 0).all()),
-                  f"{side}_median_norm": new.norm(dim=1).median().item(), f"{side}_trained_norm": new[list(ids)].norm(dim=1).mean().item()}
-    return found
+# ---------------------------------------------------------------------------------- cosines
+
+def centred(matrix: torch.Tensor) -> torch.Tensor:
+    """Rows (vocabulary, hidden) in fp32 minus their mean, at unit length: a product of two is their centred
+    cosine.
+
+    Rows of a language model share a large common direction, which makes any two of them look alike (Mu &
+    Viswanath 2018, "All-but-the-Top").
+    """
+    matrix = matrix.detach().float()
+    return functional.normalize(matrix - matrix.mean(0), dim=1)
+
+
+def whole_words(tokenizer) -> dict[int, str]:
+    """{id: word} of the entries that are a space and at least three letters."""
+    space = tokenizer.convert_ids_to_tokens(tokenizer(" ", add_special_tokens=False).input_ids)[0]
+    words = {i: tokenizer.convert_tokens_to_string([entry])[1:] for entry, i in tokenizer.get_vocab().items()
+             if entry.startswith(space)}
+    return {i: word for i, word in words.items() if len(word) > 2 and word.isalpha()}
+
+
+def cosines(model, tokenizer, terms: list[dict], new_ids: dict[str, int],
+            words: dict[int, str]) -> dict[str, list[dict]]:
+    """{"input", "output": an item for each term}: id (the term), the mean cosine of its row to anchors, to
+    negatives and the contrast between them, for a term that has such words, and the ten nearest of `words` as
+    neighbours.
+
+    Anchors should not be among the pieces that a row was initialised from, because that similarity comes for
+    free.
+    """
+    sides = {}
+    for side, layer in zip(("input", "output"), both(model)):
+        units, sides[side] = centred(layer.weight), []
+        for term in terms:
+            row = new_ids[term["term"]]
+            similar = units @ units[row]
+            near = [words[i] for i in similar.argsort(descending=True).tolist() if i in words and i != row]
+            item = {"id": term["term"], "neighbours": near[:10]}
+            for name, column in (("anchors", "anchors"), ("negatives", "negative_anchors")):
+                ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in term[column]]
+                if ids:
+                    item[name] = (units[ids] @ units[row]).mean().item()
+            if {"anchors", "negatives"} <= set(item):
+                item["contrast"] = item["anchors"] - item["negatives"]
+            sides[side].append(item)
+    return sides

@@ -1,4 +1,5 @@
-"""Which words deserve a token: found by keyness, fragmentation and spread, with a reason for every rejected candidate."""
+"""Which words deserve a token: those found by keyness, fragmentation and spread, or a list that a person
+made."""
 
 from __future__ import annotations
 
@@ -10,29 +11,30 @@ from pathlib import Path
 
 from task3_tokenizer import vocabulary
 
-WORD = re.compile(r"(?<= )[^\W\d_][\w'-]*\w")  # a word as running text has it, after a blank; what it may not be is said by `reject`
+WORD = re.compile(r"(?<= )[^\W\d_][\w'-]*\w")  # a word after a space; `reject` excludes some
 COLUMNS = ("term", "anchors", "negative_anchors", "definition")
 
 
-def uses(texts: list[str]) -> tuple[Counter, Counter]:
-    """(occurrences, documents) of every word that follows a blank."""
+def count(texts: list[str]) -> tuple[Counter, Counter]:
+    """(occurrences, documents) of every word that follows a space."""
     occurrences, documents = Counter(), Counter()
     for text in texts:
-        found = WORD.findall(" " + " ".join(text.split()))
-        occurrences.update(found)
-        documents.update(set(found))
+        words = WORD.findall(" " + " ".join(text.split()))
+        occurrences.update(words)
+        documents.update(set(words))
     return occurrences, documents
 
 
 def keyness(count: int, total: int, other: int, other_total: int) -> float:
-    """Signed square root of the log-likelihood ratio G2 (Dunning 1993): how far a word's rate here stands above its rate in general
-    text, in standard deviations; negative where it is rarer here."""
+    """Signed square root of the log-likelihood ratio G2 (Dunning 1993): by how many standard deviations a
+    word is more frequent here than in general text; negative where it is rarer."""
     rate = (count + other) / (total + other_total)
     g2 = 2 * sum(k * math.log(k / (n * rate)) for k, n in ((count, total), (other, other_total)) if k)
     return math.copysign(math.sqrt(max(0.0, g2)), count / total - other / other_total)
 
 
-def reject(tokenizer, word: str, documents: int, held_out: int, least: int, least_held_out: int) -> str | None:
+def reject(tokenizer, word: str, documents: int, held_out: int, least: int,
+           least_held_out: int) -> str | None:
     """Why a word cannot be, or is not worth, a new token; None if it can and is."""
     if re.search(r"\d", word):
         return "has digits"
@@ -40,8 +42,6 @@ def reject(tokenizer, word: str, documents: int, held_out: int, least: int, leas
         return "has punctuation"
     if len(tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(f" {word}")) != 1:
         return "several pre-tokens"
-    if len(vocabulary.pieces(tokenizer, f" {word}")) < 2:
-        return "one token already"
     if documents < least:
         return f"in {documents} training documents, {least} needed"
     if held_out < least_held_out:
@@ -49,48 +49,50 @@ def reject(tokenizer, word: str, documents: int, held_out: int, least: int, leas
     return None
 
 
-def find(tokenizer, train: list[str], held_out: list[str], general: list[str], least: int, least_held_out: int) -> list[dict]:
-    """Candidates with score = keyness x (pieces - 1) x log(1 + documents), best first: {"term", "score", "keyness", "pieces" (entries),
-    "occurrences", "documents", "held_out_documents", "rejected" (reason or None)}.
+def find(tokenizer, train: list[str], held_out: list[str], general: list[str], least: int,
+         least_held_out: int) -> list[dict]:
+    """Candidates, best first: {"term", "score", "keyness", "pieces" (texts), "documents",
+    "held_out_documents", "rejected" (reason or None)}.
 
-    The factors: far more frequent here than in general English; tokens saved by each use; spread over texts, so that no single one
-    supplies the word. Candidates are words in at least half of `least` documents, so that the near misses are shown too.
+    score = keyness x (pieces - 1) x log(1 + documents): far more frequent here than in general English,
+    tokens saved by each occurrence, and spread over texts, so that no single one supplies the word.
+    Candidates are words of two pieces or more in at least half of `least` documents, so that near misses are
+    shown too.
     """
-    occurrences, documents = uses(train)
-    _, held_documents = uses(held_out)
-    other, _ = uses(general)
+    occurrences, documents = count(train)
+    _, held_documents = count(held_out)
+    other, _ = count(general)
     total, other_total, rows = sum(occurrences.values()), max(1, sum(other.values())), []
     for word, spread in documents.items():
         entries = vocabulary.pieces(tokenizer, f" {word}")
-        if spread < least / 2 or len(entries) < 2:
-            continue
-        key = keyness(occurrences[word], total, other[word], other_total)
-        rows.append({"term": word, "score": key * (len(entries) - 1) * math.log1p(spread), "keyness": key, "pieces": entries,
-                     "occurrences": occurrences[word], "documents": spread, "held_out_documents": held_documents[word],
-                     "rejected": reject(tokenizer, word, spread, held_documents[word], least, least_held_out)})
+        if spread >= least / 2 and len(entries) >= 2:
+            key = keyness(occurrences[word], total, other[word], other_total)
+            n_held_out = held_documents[word]
+            rows.append({"term": word, "score": key * (len(entries) - 1) * math.log1p(spread), "keyness": key,
+                         "pieces": [tokenizer.convert_tokens_to_string([entry]) for entry in entries],
+                         "documents": spread, "held_out_documents": n_held_out,
+                         "rejected": reject(tokenizer, word, spread, n_held_out, least, least_held_out)})
     return sorted(rows, key=lambda r: (-r["score"], r["term"]))
 
 
 def read_terms(path: Path, tokenizer) -> list[dict]:
-    """Rows of a hand-made terms.csv {term, anchors, negative_anchors (lists), definition}. SystemExit with the line for bad UTF-8, an
-    empty file, missing columns, what vocabulary.check_terms refuses, or an anchor that is not a single token."""
+    """Rows of a hand-made list {term, anchors, negative_anchors (lists), definition}. SystemExit with the
+    line for bad UTF-8, no rows, missing columns, what vocabulary.check_terms refuses, or an anchor that is
+    not a single token."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
     except UnicodeDecodeError as err:
         raise SystemExit(f"{path.name}: not UTF-8 at byte {err.start}; save the file as UTF-8") from None
-    rows = list(csv.DictReader(text.splitlines()))
-    if not rows:
-        raise SystemExit(f"{path.name}: no terms; expected columns {', '.join(COLUMNS)} and a line per term")
-    if missing := [c for c in COLUMNS if c not in rows[0]]:
-        raise SystemExit(f"{path.name}: no column {missing[0]!r}; expected {', '.join(COLUMNS)}")
+    if not rows or not set(COLUMNS) <= set(rows[0]):
+        raise SystemExit(f"{path.name}: expected columns {', '.join(COLUMNS)} and a line for each term")
     vocabulary.check_terms(tokenizer, [row["term"] for row in rows])
-    out = []
+    terms = []
     for number, row in enumerate(rows, 2):
         lists = {side: (row[side] or "").split() for side in ("anchors", "negative_anchors")}
         for side, words in lists.items():
             for word in words:
-                if len(cut := vocabulary.pieces(tokenizer, f" {word}")) != 1:
-                    raise SystemExit(f"{path.name} line {number}: {side[:-1]} {word!r} of {row['term']!r} is {len(cut)} tokens; "
-                                     "an anchor must be one")
-        out.append({"term": row["term"], **lists, "definition": row["definition"] or ""})
-    return out
+                if len(pieces := vocabulary.pieces(tokenizer, f" {word}")) != 1:
+                    raise SystemExit(f"{path.name} line {number}: {side[:-1]} {word!r} of {row['term']!r} is "
+                                     f"{len(pieces)} tokens; an anchor must be one")
+        terms.append({"term": row["term"], **lists, "definition": row["definition"] or ""})
+    return terms

@@ -1,12 +1,14 @@
-"""New words as real entries of a byte-level BPE vocabulary: an id for `Ġterm` and the merges that lead to it, old ids unchanged.
+"""New words as real entries of a byte-level BPE vocabulary: an id for `Ġterm` and the merges that lead to it.
 
-No AddedToken does this for an ordinary word. They are cut out of the raw text before pre-tokenisation, so a plain one also fires inside
-longer words and leaves the blank before it as a token of its own, `lstrip` eats the blank and does not give it back, and " term" with
-`single_word` never fires inside a sentence. `variants` builds them all, tests/test_vocabulary.py shows what each does.
+No AddedToken does this for an ordinary word, because they are cut out of the raw text before
+pre-tokenisation. A plain one also matches inside longer words and leaves the space before it as a token of
+its own; `lstrip` removes that space and decoding does not bring it back; " term" with `single_word` never
+matches inside a sentence. `ways` builds them all, and tests/test_vocabulary.py shows what each does.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -22,53 +24,49 @@ def pieces(tokenizer, text: str) -> list[str]:
 
 def check_kind(tokenizer, name: str) -> None:
     """SystemExit unless the tokenizer of the model `name` is byte-level BPE."""
-    kind = type(tokenizer).__name__  # of one that is not the tokenizers library's
-    if hasattr(tokenizer, "backend_tokenizer"):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        kind = state["model"]["type"]
-        if kind == "BPE":
-            if "ByteLevel" in json.dumps(state["pre_tokenizer"]):
-                return
-            kind = "BPE over characters, as SentencePiece makes it"
-    raise SystemExit(f"MODEL={name}: its tokenizer is {kind}, not byte-level BPE (GPT-2's, Llama 3's, "
-                     "Qwen's, SmolLM2's kind), which the merges of new words need")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = type(getattr(backend, "model", None)).__name__
+    if kind != "BPE" or "ByteLevel" not in str(backend.pre_tokenizer):
+        raise SystemExit(f"MODEL={name}: its tokenizer is not byte-level BPE (the kind of GPT-2, Llama 3 and "
+                         "Qwen), which the merges of new words need")
 
 
 def check_terms(tokenizer, terms: list[str]) -> None:
     """SystemExit for what cannot become one new token, with the term and the reason."""
-    seen = set()
-    for number, term in enumerate(terms, 1):
-        where = f"term {number} {term!r}"
+    for term in terms:
+        where = f"term {term!r}"
         if not term or term != term.strip():
-            raise SystemExit(f"{where}: empty, or with blanks around it; write the bare word")
-        if term in seen:
+            raise SystemExit(f"{where}: empty, or with spaces around it; write the bare word")
+        if terms.count(term) > 1:
             raise SystemExit(f"{where}: stands twice in the list")
-        seen.add(term)
-        parts = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(f" {term}")
-        if len(parts) != 1:
-            cut = ", ".join(repr(f" {term}"[start:end]) for _, (start, end) in parts)
-            raise SystemExit(f"{where}: cannot be one token, the tokenizer cuts it into {cut} before it looks at the vocabulary")
-        if len(found := pieces(tokenizer, f" {term}")) == 1:
-            raise SystemExit(f"{where}: is in the vocabulary already, as {found[0]!r}")
+        words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(f" {term}")
+        if len(words) != 1:
+            raise SystemExit(f"{where}: cannot be one token, the pre-tokenizer always splits it: "
+                             + " | ".join(word for word, _ in words))
+        if len(entries := pieces(tokenizer, f" {term}")) == 1:
+            raise SystemExit(f"{where}: is in the vocabulary already, as {entries[0]!r}")
 
 
 def extend(tokenizer, terms: list[str]):
-    """(tokenizer with one id for " term" each, {entry: {"id", "term" or None, "left", "right"}} of what was added, in order of ids).
+    """(tokenizer with one id for each " term", {entry: {"id", "term" or None, "left", "right"}} of what was
+    added).
 
-    A word of k pieces needs k - 1 merges, which join its present pieces from left to right, and k - 2 entries in between; they are added
-    below all old merges, so text in which no new pair meets keeps its ids. A term whose pieces an earlier term changed is built on the
-    changed ones. SystemExit as in `check_terms`; AssertionError if an old id moved or a term is not one token in the end.
+    A word of k pieces needs k - 1 merges, which join its present pieces from left to right, and k - 2 entries
+    in between. They come after all old merges, so text without a new word keeps its ids. A term whose pieces
+    an earlier term changed is built on the changed ones. Entries are in the order of their ids. SystemExit as
+    in `check_terms`; AssertionError if an old id moved or a term is not one token in the end.
     """
     check_terms(tokenizer, terms)
     old, state, added = tokenizer.get_vocab(), json.loads(tokenizer.backend_tokenizer.to_str()), {}
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
-    for special in state["added_tokens"]:  # in Llama 3 and Qwen they stand behind the vocabulary, and would be numbered anew behind ours
+    for special in state["added_tokens"]:  # Llama 3 and Qwen have them where ours would go
         vocabulary.setdefault(special["content"], special["id"])
     following = 1 + max(old.values())
     for term in terms:
-        left, *others = Tokenizer.from_str(json.dumps(state)).encode(f" {term}", add_special_tokens=False).tokens
+        present = Tokenizer.from_str(json.dumps(state))
+        left, *others = present.encode(f" {term}", add_special_tokens=False).tokens
         for right in others:
-            if left + right not in vocabulary:  # an entry in between may be there already, unreachable or shared by two terms
+            if left + right not in vocabulary:  # an entry in between may exist already, also of another term
                 vocabulary[left + right] = following
                 added[left + right] = {"id": following, "term": None, "left": left, "right": right}
                 following += 1
@@ -78,17 +76,17 @@ def extend(tokenizer, terms: list[str]):
     new = _with_state(tokenizer, state)
     now = new.get_vocab()
     assert all(now[token] == i for token, i in old.items()), "an old id moved"
-    assert len(now) == 1 + max(now.values()), "ids have a gap"
-    for term in terms:
-        assert len(pieces(new, f" {term}")) == 1, f"{term!r} is not one token"
+    assert all(len(pieces(new, f" {term}")) == 1 for term in terms), "a term is not one token"
     return new, added
 
 
-def spell(added: dict, vocabulary: dict[str, int]) -> dict[int, list[int]]:
-    """{new id: the old ids it is made of} from what `extend` returned and the old vocabulary."""
-    def cut(entry):
-        return [vocabulary[entry]] if entry in vocabulary else cut(added[entry]["left"]) + cut(added[entry]["right"])
-    return {what["id"]: cut(entry) for entry, what in added.items()}
+def pieces_of(added: dict, vocabulary: dict[str, int]) -> dict[int, list[int]]:
+    """{new id: the old ids that it replaces}, from what `extend` returned and the old vocabulary."""
+    def split(entry):
+        if entry in vocabulary:
+            return [vocabulary[entry]]
+        return split(added[entry]["left"]) + split(added[entry]["right"])
+    return {what["id"]: split(entry) for entry, what in added.items()}
 
 
 def _with_state(tokenizer, state: dict):
@@ -97,40 +95,18 @@ def _with_state(tokenizer, state: dict):
         tokenizer.save_pretrained(folder)
         (Path(folder) / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         new = AutoTokenizer.from_pretrained(folder, padding_side=tokenizer.padding_side)
-    new.name_or_path = tokenizer.name_or_path  # else the temporary folder's
+    new.name_or_path = tokenizer.name_or_path  # else it is the temporary folder's
     return new
 
 
-def variants(tokenizer, terms: list[str], extended) -> dict:
-    """{name: tokenizer} of every way to add `terms`.
-
-    AddedToken with each combination people use; vocabulary entry with merges, which is `extended`, made by
-    `extend`; and vocabulary entry found by `ignore_merges` (whole pre-tokens are looked up first).
-    """
-    def fresh():
-        return _with_state(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
-
-    built, lstrip, single = {}, {"lstrip": True}, {"single_word": True}
-    for name, blank, options in (("AddedToken", "", {}), ("AddedToken lstrip", "", lstrip), ("AddedToken single_word", "", single),
-                                 ("AddedToken with blank", " ", {}), ("AddedToken with blank, single_word", " ", single)):
-        built[name] = fresh()
-        built[name].add_tokens([AddedToken(blank + term, normalized=False, **options) for term in terms])
-    built["entry and merges"] = extended
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    byte_level = {term: tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(f" {term}")[0][0] for term in terms}
-    following = 1 + max(tokenizer.get_vocab().values())
-    for special in state["added_tokens"]:
-        state["model"]["vocab"].setdefault(special["content"], special["id"])
-    state["model"]["vocab"] |= {entry: following + i for i, entry in enumerate(byte_level.values())}
-    state["model"]["ignore_merges"] = True
-    built["entry and ignore_merges"] = _with_state(tokenizer, state)
-    return built
-
-
-def without(tokenizer, words: list[str]):
-    """The tokenizer as if it had never learnt " word": merges that make or use these entries are gone, ids are as they were."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    hidden = {entry for word in words for entry in pieces(tokenizer, f" {word}")}
-    state["model"]["ignore_merges"] = False  # Llama 3 looks up whole words first
-    state["model"]["merges"] = [m for m in state["model"]["merges"] if not hidden & {m[0], m[1], m[0] + m[1]}]
-    return _with_state(tokenizer, state)
+def ways(tokenizer, terms: list[str], extended) -> dict:
+    """{name: tokenizer} of every way to add `terms`: AddedToken with each combination of options that people
+    use, and entries with merges (`extended`, made by `extend`)."""
+    built = {}
+    for name, space, options in (("AddedToken", "", {}), ("AddedToken lstrip", "", {"lstrip": True}),
+                                 ("AddedToken single_word", "", {"single_word": True}),
+                                 ("AddedToken with space", " ", {}),
+                                 ("AddedToken with space, single_word", " ", {"single_word": True})):
+        built[name] = copy.deepcopy(tokenizer)
+        built[name].add_tokens([AddedToken(space + term, normalized=False, **options) for term in terms])
+    return built | {"entry and merges": extended}

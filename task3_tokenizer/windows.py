@@ -1,66 +1,116 @@
-"""Windows: whole words around one use of a term, what 03 trains on and 04 scores, and which of them are near copies of each other."""
+"""Windows: whole words around one occurrence of a term. How they are drawn, kept free of near copies, and put
+into the order in which 03 trains on them."""
 
 from __future__ import annotations
 
+import itertools
+import random
 import re
 from collections import Counter
 
 from common import corpus
 
-BEFORE, AFTER = 110, 60  # characters around a use: about 50 tokens, what Token Distillation (arXiv:2505.20133) trains on
-JACCARD = 0.5  # a held-out window that shares half its 5-word shingles with a training window is a copy with other numbers in it
+# Characters around an occurrence: about 50 tokens, what Token Distillation (arXiv:2505.20133) trains on.
+BEFORE, AFTER = 110, 60
+# A held-out window that shares half of its 5-word shingles with a training window is a copy with other
+# numbers in it.
+JACCARD = 0.5
 
+
+# ---------------------------------------------------------------------------------- drawing
 
 def places(text: str, term: str) -> list[int]:
-    """Where `term` stands in `text` as a word of its own after a blank."""
+    """Where `term` stands in `text` as a word of its own after a space."""
     return [m.start() for m in re.finditer(rf"(?<= ){re.escape(term)}(?![\w'-])", text)]
 
 
 def around(text: str, start: int, length: int) -> dict:
-    """{"text", "start", "end"}: whole words, about 180 characters, around text[start:start + length], beginning with a blank."""
-    left = text.rfind(" ", 0, max(1, start - BEFORE))
-    left = max(0, left)
+    """{"text", "start", "end"}: whole words, about 180 characters, around text[start:start + length],
+    beginning with a space."""
+    left = max(0, text.rfind(" ", 0, max(1, start - BEFORE)))
     right = text.find(" ", start + length + AFTER)
-    return {"text": text[left:right if right > 0 else None], "start": start - left, "end": start - left + length}
+    start -= left
+    return {"text": text[left:right if right > 0 else None], "start": start, "end": start + length}
 
 
-def draw(docs: list[dict], word: str, n: int, rng, fits, taken: set | None = None) -> list[dict]:
-    """Windows around one use of `word` in each of at most n documents, drawn with `rng`; `fits` says which will do, `taken` collects the
-    documents used, which are not used again."""
-    out, taken = [], set() if taken is None else taken
+def draw(docs: list[dict], word: str, n: int, rng, fits, taken: set) -> list[dict]:
+    """Windows around one occurrence of `word` in each of at most n documents, drawn with `rng`.
+    `fits(window)` says which can be used; `taken` collects the documents, and those in it are not used
+    again."""
+    windows = []
     for doc in rng.sample(docs, len(docs)):
-        if len(out) == n:
+        if len(windows) == n:
             break
         if doc["text"] not in taken and (starts := places(doc["text"], word)):
-            row = {"term": word, **around(doc["text"], rng.choice(starts), len(word))}
-            if fits(row):
-                out.append(row)
+            window = {"term": word, **around(doc["text"], rng.choice(starts), len(word))}
+            if fits(window):
+                windows.append(window)
                 taken.add(doc["text"])
-    return out
+    return windows
 
 
-def distinct(rows: list[dict], most: int) -> list[dict]:
-    """Rows without near-duplicates of earlier ones, at most `most` of a term and split."""
-    twins, seen, kept = corpus.near_duplicates([row["text"] for row in rows], JACCARD, bands=32, rows=2), Counter(), []
-    for row, twin in zip(rows, twins):
-        if twin is None and seen[key := (row["term"], row.get("split"))] < most:
+def near_copies(earlier: list[dict], rows: list[dict]) -> list[bool]:
+    """Which of `rows` are near-duplicates of `earlier` ones or of each other's first."""
+    twins = corpus.near_duplicates([row["text"] for row in earlier + rows], JACCARD, bands=32, rows=2)
+    return [twin is not None for twin in twins[len(earlier):]]
+
+
+def distinct(earlier: list[dict], rows: list[dict], key: str, most: int) -> list[dict]:
+    """`rows` without near copies, at most `most` for each value of `key`."""
+    kept, seen = [], Counter()
+    for row, copy in zip(rows, near_copies(earlier, rows)):
+        if not copy and seen[row[key]] < most:
             kept.append(row)
-            seen[key] += 1
+            seen[row[key]] += 1
     return kept
 
 
-def twins_of(taught: list[dict], held_out: list[dict]) -> list[bool]:
-    """Which held-out windows are near-duplicates of an earlier one, in training or held out."""
-    found = corpus.near_duplicates([row["text"] for row in taught + held_out], JACCARD, bands=32, rows=2)
-    return [twin is not None for twin in found[len(taught):]]
+# ---------------------------------------------------------------------------------- order of training
+
+def by_term(rows: list[dict]) -> list[list[dict]]:
+    """The windows of each term."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["term"], []).append(row)
+    return list(groups.values())
 
 
-def fresh(taught: list[dict], held_out: list[dict], key: str, most: int) -> tuple[list[dict], int]:
-    """(held-out rows without near-duplicates of training or of earlier ones, since items are to be independent, at most `most` for each
-    value of `key`; how many were near-duplicates)."""
-    kept, seen, twins = [], Counter(), twins_of(taught, held_out)
-    for row, twin in zip(held_out, twins):
-        if not twin and seen[row[key]] < most:
-            kept.append(row)
-            seen[row[key]] += 1
-    return kept, sum(twins)
+def texts_per_stage(asked: dict[str, int], windows: int) -> dict[str, int]:
+    """{stage: texts} of a term with so many windows: what is `asked`, or the same share of it in every stage
+    if there are fewer. SystemExit if a stage would get none."""
+    if min(asked.values()) < 1 or windows < len(asked):
+        raise SystemExit(f"texts per term and stage {asked}, windows of a term {windows}: "
+                         "each stage needs at least one")
+    share = min(1.0, windows / sum(asked.values()))
+    texts = {stage: max(1, int(share * n)) for stage, n in asked.items()}
+    while sum(texts.values()) > windows:  # where a stage got one instead of less
+        texts[max(texts, key=texts.get)] -= 1
+    return texts
+
+
+def split_into_stages(rows: list[dict], asked: dict[str, int]) -> dict[str, list[dict]]:
+    """{stage: windows}: of each term as many as `texts_per_stage` says, none of them twice."""
+    parts: dict[str, list[dict]] = {stage: [] for stage in asked}
+    for own in by_term(rows):
+        following = iter(own)
+        for stage, n in texts_per_stage(asked, len(own)).items():
+            parts[stage] += itertools.islice(following, n)
+    return parts
+
+
+def interleave_terms(rows: list[dict], seed: int, batch_size: int) -> list[dict]:
+    """The windows in rounds of one of each term, in random order.
+
+    Within spans of 8 batches, similar lengths come together (7 % of the tokens are then padding instead of 25
+    %), and the full batches of a span are shuffled again.
+    """
+    rng, groups, rounds, ordered = random.Random(seed), by_term(rows), [], []
+    for k in range(max(map(len, groups))):
+        now = [own[k] for own in groups if k < len(own)]
+        rounds += rng.sample(now, len(now))
+    for start in range(0, len(rounds), 8 * batch_size):
+        span = sorted(rounds[start:start + 8 * batch_size], key=lambda row: len(row["text"]))
+        batches = [span[i:i + batch_size] for i in range(0, len(span), batch_size)]
+        full = [batch for batch in batches if len(batch) == batch_size]
+        ordered += [row for batch in rng.sample(full, len(full)) + batches[len(full):] for row in batch]
+    return ordered

@@ -1,61 +1,78 @@
-"""Task 3: rows trained on their own, first values, scores that two tokenizers share, windows, what a row looks like from inside."""
+"""Task 3: rows trained on their own, first values, scores that two tokenizers share, windows, stages."""
 
+import importlib
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import models
-from task3_tokenizer import embeddings, intrinsic, task, training, vocabulary, windows
+from common import models, results, stats
+from task3_tokenizer import embeddings, task, vocabulary, windows
 
+training = importlib.import_module("task3_tokenizer.03_train")
 TERMS = ["NetworkX", "undirected", "крипта"]
+TEXTS = [" The NetworkX library draws an undirected graph.", " Сегодня крипта растёт, and NetworkX too.",
+         " plain words only, none of them new"]
+WINDOWS = [{"term": "NetworkX", "text": TEXTS[0]}, {"term": "undirected", "text": TEXTS[0]},
+           {"term": "крипта", "text": TEXTS[1]}]
+
+
+def silent(**values):
+    pass
+
+
+def config(**more):
+    values = dict(log_every=50, eval_batch_size=4, lora_r=4, lora_alpha=8, compute="bf16", batch_size=4)
+    return training.Config(**values | more)
 
 
 @pytest.fixture(scope="module")
 def extended(tokenizer):
     new, added = vocabulary.extend(tokenizer, TERMS)
-    return new, vocabulary.spell(added, tokenizer.get_vocab())
+    return new, vocabulary.pieces_of(added, tokenizer.get_vocab())
+
+
+@pytest.fixture(scope="module")
+def arm(extended):
+    new, pieces_of = extended
+    return training.Arm("new", new, pieces_of, sorted(pieces_of))
+
+
+@pytest.fixture(scope="module")
+def init(tiny_model_folder, tmp_path_factory, arm):
+    """The checkpoint before training: untied, with new rows."""
+    folder = tmp_path_factory.mktemp("task3") / "init"
+    training.save_untrained(config(model=str(tiny_model_folder)), arm, folder, WINDOWS)
+    return folder
 
 
 @pytest.fixture
-def untied(tiny_model_folder, extended):
-    new, splits = extended
-    model = models.load_decoder(str(tiny_model_folder), "fp32")
-    embeddings.untie(model)
-    model.resize_token_embeddings(len(new), mean_resizing=False)
-    for side, matrix in (("input", model.get_input_embeddings().weight), ("output", model.get_output_embeddings().weight)):
-        with torch.no_grad():
-            matrix[sorted(splits)] = embeddings.initial(matrix, [splits[i] for i in sorted(splits)], "mean of pieces", side)
-    return model
+def untied(init):
+    return models.load_decoder(str(init), "fp32")
 
 
 def batch_of(tokenizer, texts):
-    return training.collate([tokenizer(t, add_special_tokens=False).input_ids for t in texts], tokenizer.pad_token_id)
+    return task.padded([task.ids_of(tokenizer, text) for text in texts], tokenizer.pad_token_id)
 
 
-TEXTS = [" The NetworkX library draws an undirected graph.", " Сегодня крипта растёт, and NetworkX too.", " plain words only, none of them new"]
+def loss(model, batch):
+    return model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
 
-# ---------------------------------------------------------------------------------------------------------------- rows
 
-
-def test_new_entries_are_spelled_by_the_old_vocabulary(tokenizer, extended):
-    new, splits = extended
-    for term in TERMS:
-        (new_id,) = new(f" {term}", add_special_tokens=False).input_ids
-        assert splits[new_id] == tokenizer(f" {term}", add_special_tokens=False).input_ids
-
+# ---------------------------------------------------------------------------------- rows
 
 def test_first_values_worked_by_hand():
     matrix = torch.tensor([[1.0, 0.0], [3.0, 4.0], [5.0, 8.0]])
-    splits = [[0, 1], [2]]
 
     def first(method, side="input"):
-        return embeddings.initial(matrix, splits, method, side).tolist()
+        return embeddings.initial(matrix, [[0, 1], [2]], method, side).tolist()
     assert first("mean of pieces") == [[2, 2], [5, 8]] and first("vocabulary mean") == [[3, 4], [3, 4]]
-    assert first("last and first piece") == [[3, 4], [5, 8]] and first("last and first piece", "output") == [[1, 0], [5, 8]]
-    late = math.exp(2) / (1 + math.exp(2))  # weights exp(0) and exp(2): the last piece dominates the input, the first the output
+    assert first("last and first piece") == [[3, 4], [5, 8]]
+    assert first("last and first piece", "output") == [[1, 0], [5, 8]]
+    late = math.exp(2) / (1 + math.exp(2))  # weights exp(0) and exp(2): the last piece dominates the input
     assert first("weighted pieces")[0] == pytest.approx([1 + 2 * late, 4 * late])
     assert first("weighted pieces", "output")[0] == pytest.approx([3 - 2 * late, 4 - 4 * late])
     assert first("random") == first("random") != first("random", "output")
@@ -65,80 +82,72 @@ def test_first_values_worked_by_hand():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_rows_of_their_own_compute_what_the_plain_matrices_compute(untied, extended, whole):
-    new, splits = extended
+    new, pieces_of = extended
     batch = batch_of(new, TEXTS)
     with torch.no_grad():
         plain = untied(**batch).logits
-        embeddings.train_rows(untied, list(splits), whole)
+        embeddings.train_rows(untied, list(pieces_of), whole)
         assert torch.allclose(untied(**batch).logits, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_only_the_rows_learn_and_their_gradients_are_those_of_the_whole_matrix(tiny_model_folder, untied, extended, tied):
-    new, splits = extended
+def test_only_rows_learn_with_the_gradients_of_the_whole_matrix(tiny_model_folder, untied, arm, tied):
     model = models.load_decoder(str(tiny_model_folder), "fp32") if tied else untied
-    model.resize_token_embeddings(len(new), mean_resizing=False)
-    ids, batch = sorted(splits), batch_of(new, TEXTS)
+    model.resize_token_embeddings(len(arm.tokenizer), mean_resizing=False)
+    batch = batch_of(arm.tokenizer, TEXTS)
     model.requires_grad_(True)
-    model(**batch).loss.backward()
-    whole = [m.weight.grad[ids].clone() for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    loss(model, batch).backward()
+    whole = [layer.weight.grad[arm.ids].clone() for layer in embeddings.both(model)]
     model.zero_grad()
-    rows, matrices = embeddings.train_rows(model, ids)
-    model(**batch).loss.backward()
-    assert [n for n, p in model.named_parameters() if p.grad is not None] == [n for n, p in model.named_parameters() if p.requires_grad]
+    rows, matrices = embeddings.train_rows(model, arm.ids)
+    loss(model, batch).backward()
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == learning
     assert len(rows) == 2 - tied and not matrices
     for row, gradient in zip(rows, whole):
         assert torch.allclose(row.grad, gradient, atol=1e-5) and gradient.abs().max() > 0
 
 
-def test_old_rows_are_bit_identical_after_training_with_decay_and_clipping(tiny_model_folder, tmp_path, tokenizer, extended):
-    """The common way, a whole matrix with masked gradients, moves them: decay acts where there is no gradient."""
-    new, splits = extended
-    cfg = config(weight_decay=0.5, max_grad_norm=0.01, model=str(tiny_model_folder))
-    training.begin(cfg, tmp_path / "init", new, splits, WINDOWS, "x")
-    training.train_stage(cfg, tmp_path / "init", tmp_path / "a", new, sorted(splits), False, [], (1e-2,), WINDOWS * 4, 4, WINDOWS, "x",
-                         lambda **k: None)
-    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("init", "a"))
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        old, trained = (getattr(m, get)().weight for m in (before, after))
-        assert torch.equal(old[:len(tokenizer)], trained[:len(tokenizer)])
-        assert not torch.equal(old[len(tokenizer):], trained[len(tokenizer):])
+def train_stage(arm, stage, source, target, **knobs):
+    return training.train_stage(config(**knobs), arm, stage, source, target, WINDOWS * 4, 4, WINDOWS, silent)
+
+
+def test_old_rows_are_bit_identical_after_training_with_decay_and_clipping(tmp_path, tokenizer, init, arm):
+    """The common way, a whole matrix with masked gradients, moves them: decay acts without a gradient too."""
+    knobs = dict(weight_decay=0.5, max_grad_norm=0.01)
+    stats = train_stage(arm, training.Stage(4, 1e-2), init, tmp_path / "a", **knobs)
+    assert stats["input_largest_change_of_other_rows"] == stats["output_largest_change_of_other_rows"] == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (init, tmp_path / "a"))
+    for old, trained in zip(embeddings.both(before), embeddings.both(after)):
+        n, old, trained = len(tokenizer), old.weight, trained.weight
+        assert torch.equal(old[:n], trained[:n]) and not torch.equal(old[n:], trained[n:])
 
     matrix = torch.nn.Parameter(old.detach().float().clone())
-    optimizer = torch.optim.AdamW([matrix], lr=1e-2, weight_decay=0.5)
     matrix.grad = torch.zeros_like(matrix)
-    optimizer.step()
-    assert not torch.equal(matrix[:len(tokenizer)], old[:len(tokenizer)].float())
+    torch.optim.AdamW([matrix], lr=1e-2, weight_decay=0.5).step()
+    assert not torch.equal(matrix[:n], old[:n].float())
 
 
-class Knobs:
-    def __init__(self, **values):
-        self.__dict__.update(values)
+def test_a_stage_that_moves_frozen_rows_is_not_saved(tmp_path, init, arm, monkeypatch):
+    write = embeddings.write_rows
+    monkeypatch.setattr(embeddings, "write_rows",
+                        lambda model, ids, *more: write(model, [i - 1 for i in ids], *more))
+    with pytest.raises(AssertionError, match="rows moved"):
+        train_stage(arm, training.Stage(4, 1e-2), init, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
-def config(**more):
-    values = dict(seed=0, tied=False, init="mean of pieces", weight_decay=0.0, schedule="cosine", warmup=0.1, max_grad_norm=1.0, log_every=50,
-                  eval_batch_size=4, lora_r=4, lora_alpha=8, lora_dropout=0.0, compute="bf16")
-    return Knobs(**values | more)
-
-
-WINDOWS = [{"term": "NetworkX", "text": TEXTS[0]}, {"term": "undirected", "text": TEXTS[0]}, {"term": "крипта", "text": TEXTS[1]}]
-
-
-def test_a_stage_with_lora_is_saved_as_it_was_trained(tiny_model_folder, tmp_path, extended):
-    """Rows and merged adapter of all matrices: the checkpoint on disk, opened plainly, differs from its source everywhere it should."""
-    new, splits = extended
-    cfg = config(model=str(tiny_model_folder))
-    training.begin(cfg, tmp_path / "init", new, splits, WINDOWS, "x")
-    training.train_stage(cfg, tmp_path / "init", tmp_path / "c", new, sorted(splits), True, ["q_proj", "up_proj"], (1e-2, 1e-3, 1e-2),
-                         WINDOWS * 4, 4, WINDOWS, "x", lambda **k: None)
-    before, after = (dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters()) for name in ("init", "c"))
+def test_a_stage_with_lora_is_saved_as_it_was_trained(tmp_path, init, arm):
+    """Rows, matrices and merged adapter: the checkpoint differs from its source where it must."""
+    train_stage(arm, training.Stage(4, 1e-2, 1e-3, 1e-2, "attention"), init, tmp_path / "c")
+    before, after = (dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+                     for folder in (init, tmp_path / "c"))
     assert before.keys() == after.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"embed_tokens", "lm_head", "q_proj", "up_proj"}
+    assert changed == {"embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj"}
     assert not torch.equal(after["model.embed_tokens.weight"], after["lm_head.weight"])
     moved = (after["lm_head.weight"] - before["lm_head.weight"]).abs()
-    assert moved[sorted(splits)].max() > 3 * moved[:min(splits)].max()  # each at its own rate
+    assert moved[arm.ids].max() > 3 * moved[:min(arm.ids)].max()  # each at its own rate
 
 
 def test_an_untied_head_survives_saving_loading_and_lm_eval(untied, tmp_path, extended):
@@ -148,7 +157,8 @@ def test_an_untied_head_survives_saving_loading_and_lm_eval(untied, tmp_path, ex
         untied.get_output_embeddings().weight.mul_(-1)  # as different as can be
     untied.save_pretrained(tmp_path)
     new.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()  # as load_decoder on a CPU
+    # The attention kernel is that of load_decoder on a CPU.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     batch = batch_of(new, TEXTS)
     with torch.no_grad():
@@ -159,108 +169,206 @@ def test_an_untied_head_survives_saving_loading_and_lm_eval(untied, tmp_path, ex
     assert [tokenizer(t).input_ids for t in TEXTS] == [new(t).input_ids for t in TEXTS]
 
 
-# ---------------------------------------------------------------------------------------------------------------- scores
+def test_rows_are_written_in_the_order_of_the_ids_given(untied):
+    """Not in sorted order."""
+    before = [layer.weight.detach().clone() for layer in embeddings.both(untied)]
+    rows = [torch.full((3, 64), float(side)) + torch.arange(3.0)[:, None] for side in (10, 20)]
+    embeddings.write_rows(untied, [700, 5, 90], rows)
+    for side, old, layer in zip((10, 20), before, embeddings.both(untied)):
+        assert layer.weight[[700, 5, 90], 0].tolist() == [side, side + 1, side + 2]
+        assert torch.equal(layer.weight[91:700], old[91:700])
+    learnt, _ = embeddings.train_rows(untied, [90, 700, 5])
+    assert learnt[0][:, 0].tolist() == [12, 10, 11] and learnt[1][:, 0].tolist() == [22, 20, 21]
 
+
+# ---------------------------------------------------------------------------------- scores
 
 def test_a_score_is_that_of_a_plain_forward_pass(untied, extended):
-    new, splits = extended
-    row = {"text": TEXTS[0], "start": TEXTS[0].index("undirected"), "end": TEXTS[0].index("undirected") + len("undirected")}
-    (item, other) = task.score(untied.eval(), new, [row, {"text": TEXTS[2]}], 2, list(splits))
-    ids = [new.eos_token_id, *new(TEXTS[0], add_special_tokens=False).input_ids]
+    new, pieces_of = extended
+    start = TEXTS[0].index("undirected")
+    row = {"text": TEXTS[0], "start": start, "end": start + len("undirected")}
+    item, other = task.score(untied, new, [row, {"text": TEXTS[2]}], 2, list(pieces_of))
+    ids = [new.eos_token_id, *task.ids_of(new, TEXTS[0])]
     with torch.no_grad():
         logprobs = untied(torch.tensor([ids])).logits[0, :-1].log_softmax(1)
     nats = [-logprobs[i, t].item() for i, t in enumerate(ids[1:])]
-    place = ids[1:].index(new(" undirected", add_special_tokens=False).input_ids[0])
-    assert item["nats"] == pytest.approx(sum(nats), abs=1e-4) and item["bytes"] == len(TEXTS[0].encode())
-    assert item["term_nats"] == pytest.approx(nats[place], abs=1e-4) and item["term_tokens"] == 1
-    assert item["after_nats"] == pytest.approx(sum(nats[place + 1:]), abs=1e-4) and item["after_bytes"] == len(" graph.")
-    assert item["rank"] == 1 + int((logprobs[place] > -nats[place]).sum())
-    others = [i for i, t in enumerate(ids[1:]) if t not in splits]
-    assert item["mass"] == pytest.approx(logprobs[others][:, list(splits)].exp().sum().item(), rel=1e-3)
-    assert "rank" not in other and other["mass"] > 0
+    place = ids[1:].index(task.ids_of(new, " undirected")[0])
+    rank = 1 + int((logprobs[place] > -nats[place]).sum())
+    others = [i for i, t in enumerate(ids[1:]) if t not in pieces_of]
+    mass = logprobs[others][:, list(pieces_of)].exp().sum().item()
+    assert item == {"id": item["id"], "nats": pytest.approx(sum(nats), abs=1e-4), "tokens": len(nats),
+                    "bytes": len(TEXTS[0].encode()), "mass": pytest.approx(mass, rel=1e-3),
+                    "term_nats": pytest.approx(nats[place], abs=1e-4), "rank": rank,
+                    "reciprocal_rank": 1 / rank, "after_bytes": len(" graph."),
+                    "after_nats": pytest.approx(sum(nats[place + 1:]), abs=1e-4)}
+    assert set(other) == {"id", "nats", "tokens", "bytes", "mass"} and other["id"] != item["id"]
+    assert "mass" not in task.score(untied, new, [row], 2)[0]
 
 
-def test_bits_per_byte_do_not_depend_on_the_tokenizer_as_such(tokenizer, extended):
-    """A model that gives every token of a text e nats: more tokens, more bits; the bytes stay."""
-    new, _ = extended
-    text = TEXTS[0]
-    items = [{"nats": float(len(task.ids_of(t, text))), "bytes": len(text.encode()), "tokens": 1} for t in (tokenizer, new)]
-    values = [task.column([i], "bits_per_byte") for i in items]
-    assert values[0][1] == values[1][1] == len(text.encode()) and values[0][0] > values[1][0]
-
-
-def test_a_term_alone_can_be_spelled_by_another_tokenizer(tokenizer, extended):
-    """Around it all stays as it is: else two spellings of a term would stand in different contexts."""
+def test_a_term_alone_can_be_encoded_by_another_tokenizer(tokenizer, extended):
+    """The text around it stays as it is, or two ways to write a term would stand in different contexts."""
     new, _ = extended
     text = " NetworkX and NetworkX again"
-    row = {"text": text, "start": text.index("NetworkX", 5), "end": text.index("NetworkX", 5) + len("NetworkX")}
-    (ids, place), (spelled, where) = task.encode(new, row), task.encode(new, row, tokenizer)
-    assert spelled[where[0]:where[1]] == task.ids_of(tokenizer, " NetworkX") and place[1] - place[0] == 1
-    assert spelled[:where[0]] == ids[:place[0]] and spelled[where[1]:] == ids[place[1]:]
+    start = text.index("NetworkX", 5)
+    row = {"text": text, "start": start, "end": start + len("NetworkX")}
+    (ids, place), (other, where) = task.encode(new, row), task.encode(new, row, tokenizer)
+    assert other[slice(*where)] == task.ids_of(tokenizer, " NetworkX") and place[1] - place[0] == 1
+    assert other[:where[0]] == ids[:place[0]] and other[where[1]:] == ids[place[1]:]
+    across = {"text": " the undirectedness of it", "start": 5, "end": 7}  # a token reaches over the border
+    assert task.encode(tokenizer, across) == (task.ids_of(tokenizer, across["text"]), None)
 
+
+ITEMS = [{"id": str(k), "nats": 100.0 + k, "bytes": 200, "tokens": 50, "term_nats": 3.0 + k}
+         for k in range(6)]
+BETTER = [item | {"nats": item["nats"] - 20 - item["term_nats"]} for item in ITEMS]
+
+
+def test_a_metric_is_one_entry_and_is_seen_in_rows_deltas_and_verdicts(monkeypatch):
+    own = stats.Metric("nats_per_token", "nats per token", "nats", "tokens", better="lower")
+    monkeypatch.setattr(task, "METRICS", [*task.METRICS, own])
+    rows = {r["metric"]: r for r in task.rows_of("term windows", "base", ITEMS, stage="a")}
+    assert set(rows) == {"bits_per_byte", "term_bits", "tokens_per_byte", "nats_per_token"}
+    assert rows["nats_per_token"]["value"] == pytest.approx(102.5 / 50)
+    assert {row["stage"] for row in rows.values()} == {"a"}
+    assert rows["bits_per_byte"]["value"] == pytest.approx(102.5 / 200 / math.log(2))
+    deltas = {r["metric"]: r for r in task.delta_rows("minus base", "new", ITEMS, BETTER)}
+    assert set(deltas) == {"bits_per_byte", "term_bits", "nats_per_token"}  # those with a direction
+    assert deltas["nats_per_token"]["verdict"] == deltas["bits_per_byte"]["verdict"] == "improved"
+
+
+def test_items_without_a_term_are_left_out_of_what_is_about_terms_and_pairs_are_checked():
+    across = [dict(item) for item in BETTER]
+    del across[2]["term_nats"]
+    n = {r["metric"]: r["n"] for r in task.rows_of("term windows", "AddedToken", across)}
+    assert n["bits_per_byte"] == 6 and n["term_bits"] == 5
+    n = {r["metric"]: r["n"] for r in task.delta_rows("minus 03", "AddedToken", ITEMS, across)}
+    assert n == {"bits_per_byte": 6, "term_bits": 5}
+    assert not task.rows_of("cosines", "input", [{"id": "one", "anchors": 0.5}])  # no interval of one item
+    for other in (BETTER[::-1], BETTER[:5]):
+        with pytest.raises(ValueError):
+            task.delta_rows("minus 03", "AddedToken", ITEMS, other)
+
+
+# ---------------------------------------------------------------------------------- windows and stages
 
 def test_windows_are_whole_words_around_the_use():
     text = " " + " ".join(f"word{i}" for i in range(60))
-    start = text.index("word30")
-    row = windows.around(text, start, len("word30"))
+    row = windows.around(text, text.index("word30"), len("word30"))
     assert row["text"][row["start"]:row["end"]] == "word30" and row["text"][0] == " "
     assert set(row["text"].split()) < set(text.split()) and 150 < len(row["text"]) < 200
     assert windows.places(" a NaN, (NaN) NaN's NaNs xNaN NaN-like NaN", "NaN") == [3, 39]
 
 
+def test_near_copies_of_training_or_of_each_other_are_left_out():
+    def row(k, end=""):
+        return {"term": "t", "text": " ".join(f"w{k}{i}" for i in range(30)) + end}
+    rows = [row(1, " more"), row(2), row(2, " more"), row(3), row(4)]
+    assert windows.near_copies([row(1)], rows) == [True, False, True, False, False]
+    assert windows.distinct([row(1)], rows, "term", 2) == [rows[1], rows[3]]
+
+
 def test_every_term_comes_once_a_round_and_no_window_twice():
-    rows = [{"term": t, "text": f"{t}{i}" * (i + 1)} for t in "abcd" for i in range(12 if t != "d" else 3)]
-    shown = training.in_turn(rows, seed=0, batch_size=4, each=8)
-    assert len(shown) == len({r["text"] for r in shown}) == 3 * 8 + 3 and len(training.in_turn(rows, 0, 4)) == len(rows)
-    assert shown[:8] != sorted(shown[:8], key=lambda r: r["term"]) and training.in_turn(rows, 0, 4, 4) == training.in_turn(rows, 0, 4, 4)
+    rows = [{"term": t, "text": f"{t}{i}"} for t in "abcd" for i in range(12 if t != "d" else 3)]
+    ordered = windows.interleave_terms(rows, seed=0, batch_size=4)
+    assert sorted(r["text"] for r in ordered) == sorted(r["text"] for r in rows)
+    assert ordered == windows.interleave_terms(rows, 0, 4) != windows.interleave_terms(rows, 1, 4)
+    one_span = [{"term": t, "text": f"{t}{i}"} for t in "abcd" for i in range(8)]
+    later = [{"term": t, "text": "a later round"} for t in "abcd"]
+    first = windows.interleave_terms(one_span + later, 0, 4)[:32]
+    assert Counter(r["term"] for r in first) == dict.fromkeys("abcd", 8)
 
 
 def test_stages_share_what_there_is_or_refuse():
-    knobs = config(texts_a=30, texts_b=10, texts_c1=10, texts_c2=10)
-    assert training.shares(knobs, 60) == training.shares(knobs, 200) == {"a": 30, "b": 10, "c1": 10, "c2": 10}
-    assert training.shares(knobs, 30) == {"a": 15, "b": 5, "c1": 5, "c2": 5} and set(training.shares(knobs, 4).values()) == {1}
+    asked = {"a": 30, "b": 10, "c1": 10, "c2": 10}
+    assert windows.texts_per_stage(asked, 60) == windows.texts_per_stage(asked, 200) == asked
+    assert windows.texts_per_stage(asked, 30) == {"a": 15, "b": 5, "c1": 5, "c2": 5}
+    assert set(windows.texts_per_stage(asked, 4).values()) == {1}
     with pytest.raises(SystemExit, match="at least one"):
-        training.shares(knobs, 3)
+        windows.texts_per_stage(asked, 3)
 
 
 def test_every_term_has_texts_in_every_stage_and_none_twice():
     """At the sizes of the gpu profile, where a term of 60 windows would otherwise be used up in (a)."""
-    knobs = config(texts_a=100, texts_b=50, texts_c1=50, texts_c2=50)
     rows = [{"term": t, "text": f"{t}{i}"} for t, n in (("a", 700), ("b", 60), ("c", 5)) for i in range(n)]
-    dealt = training.deal(knobs, rows)
-    counts = {stage: Counter(r["term"] for r in part) for stage, part in dealt.items()}
-    assert counts["a"] == {"a": 100, "b": 24, "c": 2} and counts["b"] == counts["c1"] == counts["c2"] == {"a": 50, "b": 12, "c": 1}
-    everything = [r["text"] for part in dealt.values() for r in part]
-    assert len(everything) == len(set(everything)) == 250 + 60 + 5
+    parts = windows.split_into_stages(rows, {"a": 100, "b": 50, "c1": 50, "c2": 50})
+    counts = {stage: Counter(r["term"] for r in part) for stage, part in parts.items()}
+    assert counts["a"] == {"a": 100, "b": 24, "c": 2}
+    assert counts["b"] == counts["c1"] == counts["c2"] == {"a": 50, "b": 12, "c": 1}
+    texts = [r["text"] for part in parts.values() for r in part]
+    assert len(texts) == len(set(texts)) == 250 + 60 + 5
 
 
 def test_rates_fall_with_the_square_root_of_the_batch():
-    knobs = config(batch_size=16, lr_rows=1e-2, lr_rows_later=4e-3, lr_matrices=2e-4, lr_lora=1e-3)
-    assert training.rates(knobs, "a", 16) == (1e-2, 2e-4, 1e-3)
-    assert training.rates(knobs, "c1", 4) == pytest.approx((2e-3, 1e-4, 5e-4))
+    cfg = config(batch_size=16, lr_rows=1e-2, lr_rows_later=4e-3, lr_matrices=2e-4, lr_lora=1e-3)
+    full, quarter = training.stages(cfg, 16), training.stages(cfg, 4)
+    assert tuple(full) == task.STAGES and full["a"].lr_rows == 1e-2 and full["a"].lr_matrices is None
+    assert quarter["c1"][1:4] == pytest.approx((2e-3, 1e-4, 5e-4)) and full["b"].lr_lora is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- inside
+class Stopped(Exception):
+    pass
 
 
-def test_cosines_and_neighbours_of_a_matrix_made_by_hand():
-    matrix = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1], [-0.9, -0.1, 0]])  # mean 0
-    units = intrinsic.centred(matrix + 5)
-    assert torch.allclose(units, torch.nn.functional.normalize(matrix, dim=1), atol=1e-6)
-    cosine, share = intrinsic.against_words(units, 0, [1], torch.tensor([2, 3, 4]))
-    assert cosine == pytest.approx(0.9 / math.hypot(0.9, 0.1), abs=1e-6) and share == 1
-    assert intrinsic.neighbours(units, 0, {1: "near", 2: "far", 3: "across"}, k=2) == ["near", "across"]
+def test_training_goes_on_after_the_last_finished_stage_and_ends_the_same(tiny_model_folder, tmp_path, arm):
+    cfg = config(model=str(tiny_model_folder), texts_a=1, texts_b=1, texts_c1=1, texts_c2=1, log_every=1)
+    rows = [row | {"text": row["text"] + f" {k}"} for k in range(4) for row in WINDOWS]
+
+    def train(folder, log=silent, **more):
+        return dict(training.train(cfg, arm, tmp_path / folder, rows, WINDOWS, "data", log, **more))
+
+    def stop_in_c1(stage, **values):
+        if stage == "new/c1":
+            raise Stopped
+    whole = train("whole")
+    with pytest.raises(Stopped):
+        train("stopped", stop_in_c1)
+    written = (tmp_path / "stopped" / "b" / "stage.json").stat().st_mtime_ns
+    assert not (tmp_path / "stopped" / "c1").exists()
+    resumed = train("stopped")
+    assert (tmp_path / "stopped" / "b" / "stage.json").stat().st_mtime_ns == written
+    assert list(resumed) == ["init", *task.STAGES]
+    for stage in task.STAGES:
+        assert resumed[stage]["losses"] == whole[stage]["losses"]
+        assert results.sha256(tmp_path / "whole" / stage / "model.safetensors") == \
+            results.sha256(tmp_path / "stopped" / stage / "model.safetensors")
+    lines = []
+    assert train("whole", lambda **values: lines.append(values)) == whole and not lines  # not trained again
 
 
-def test_a_row_that_is_the_true_one_is_found_and_another_is_not():
-    matrix = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
-    words = {i: str(i) for i in range(200)}
-    same, other = intrinsic.against_truth(matrix, [3, 4], torch.stack([matrix[3], matrix[9]]), words)
-    assert same["cosine"] == pytest.approx(1, abs=1e-5) and same["rank"] == 1 and same["overlap"] == 1
-    assert other["rank"] > 1 and other["overlap"] < 1
+def test_a_model_with_its_own_head_cannot_be_tied(init, arm, tmp_path):
+    with pytest.raises(SystemExit, match="has an output head of its own"):
+        training.save_untrained(config(model=str(init), tied=True), arm, tmp_path, WINDOWS)
 
 
-def test_a_hidden_word_falls_into_pieces_and_all_others_stay(tokenizer):
-    hidden = vocabulary.without(tokenizer, ["polynomial", "graph"])
-    assert len(vocabulary.pieces(hidden, " polynomial")) > 1 and len(vocabulary.pieces(hidden, " graph")) > 1
-    assert hidden.get_vocab() == tokenizer.get_vocab() and hidden(" the matrix 😀").input_ids == tokenizer(" the matrix 😀").input_ids
+# ---------------------------------------------------------------------------------- cosines
+
+def test_cosines_and_neighbours_of_a_matrix_made_by_hand(tokenizer):
+    matrix = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1],
+                           [0, 0, -1], [-0.9, -0.1, 0]])  # mean 0
+    layer = SimpleNamespace(weight=matrix + 5)
+    model = SimpleNamespace(get_input_embeddings=lambda: layer, get_output_embeddings=lambda: layer)
+
+    def words(text, **options):
+        return SimpleNamespace(input_ids=[{" near": 1, " far": 2}[text]])
+    term = {"term": "t", "anchors": ["near"], "negative_anchors": ["far"]}
+    found = embeddings.cosines(model, words, [term, {"term": "u", "anchors": [], "negative_anchors": []}],
+                               {"t": 0, "u": 3}, {1: "near", 2: "far", 3: "across"})
+    item, bare = found["input"]
+    near = 0.9 / math.hypot(0.9, 0.1)
+    assert item == {"id": "t", "neighbours": ["near", "across", "far"],
+                    "anchors": pytest.approx(near, abs=1e-5), "negatives": pytest.approx(-1, abs=1e-5),
+                    "contrast": pytest.approx(near + 1, abs=1e-5)}
+    assert set(bare) == {"id", "neighbours"} and found["output"][0] == item
+
+
+def test_whole_words_are_entries_that_begin_with_a_space(tokenizer):
+    words = embeddings.whole_words(tokenizer)
+    (with_space,), (without,) = task.ids_of(tokenizer, " graph"), task.ids_of(tokenizer, "graph")
+    assert words[with_space] == "graph" and without not in words
+
+
+def test_the_test_texts_are_read_by_kind(tmp_path):
+    window, *others = ({"set": kind, "text": kind} for kind in ("term windows", "any text", "any text"))
+    results.write_rows(tmp_path / "test.jsonl", [window, *others])
+    run = SimpleNamespace(artifact=lambda step, name: tmp_path / name)
+    assert task.test_sets(run) == {"term windows": [window], "any text": others}

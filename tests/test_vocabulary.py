@@ -1,15 +1,20 @@
-"""New words: one id in every context they should have, none where they should not, and nothing else changed."""
+"""New words: one id in every context they should have, none where they should not, nothing else changed."""
 
+import copy
 import json
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from task3_tokenizer import vocabulary
 
 TERMS = ["NetworkX", "undirected", "Chebyshev", "крипта", "айтишка", "estimator"]
-MIXED = ["The NetworkX graph is undirected.", "Сегодня крипта растёт, а айтишка нет 😀\n\n  новая   строка\t", "def f(x):\n    return x ** 2  # 🙂",
-         "estimator", " estimators and (estimator) and the estimator", "Chebyshev's Chebyshevs", "", " ", "ünïcödé — „quotes“"]
+MIXED = ["The NetworkX graph is undirected.", "Сегодня крипта растёт, а айтишка нет 😀\n\n  новая   строка\t",
+         "def f(x):\n    return x ** 2  # 🙂", "estimator", " estimators and (estimator) and the estimator",
+         "Chebyshev's Chebyshevs", "", " ", "ünïcödé — „quotes“"]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +22,7 @@ def extended(tokenizer):
     return vocabulary.extend(tokenizer, TERMS)
 
 
-def test_a_term_is_one_id_after_any_blank(extended):
+def test_a_term_is_one_id_after_any_space(extended):
     new, added = extended
     for term in TERMS:
         entry = next(entry for entry, what in added.items() if what["term"] == term)
@@ -40,6 +45,24 @@ def test_old_ids_stay_and_new_ids_follow_without_a_gap(extended, tokenizer):
     assert len(between) == sum(len(vocabulary.pieces(tokenizer, f" {term}")) - 2 for term in TERMS)
 
 
+def test_new_entries_replace_the_old_pieces(extended, tokenizer):
+    new, added = extended
+    pieces_of = vocabulary.pieces_of(added, tokenizer.get_vocab())
+    for term in TERMS:
+        (new_id,) = new(f" {term}").input_ids
+        assert pieces_of[new_id] == tokenizer(f" {term}").input_ids
+
+
+def test_a_tokenizer_of_another_kind_is_refused():
+    """Mistral 7B's and Gemma's kind: a BPE whose entries are characters, with a sign for the space."""
+    entries = ["<s>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    backend = Tokenizer(BPE({entry: i for i, entry in enumerate(entries)}, [], unk_token="<unk>"))
+    backend.normalizer = Replace(" ", "▁")
+    for tokenizer in (PreTrainedTokenizerFast(tokenizer_object=backend), object()):
+        with pytest.raises(SystemExit, match="not byte-level BPE"):
+            vocabulary.check_kind(tokenizer, "other")
+
+
 def test_text_round_trips_and_term_free_text_keeps_its_ids(extended, tokenizer):
     new, _ = extended
     for text in MIXED:
@@ -60,16 +83,17 @@ def test_saved_and_opened_by_the_plain_library_it_is_the_same(extended, tokenize
 
 def test_special_tokens_behind_the_vocabulary_keep_their_ids(tokenizer):
     """As in Llama 3 and Qwen: they are added tokens only, with ids where new entries would go."""
-    other = vocabulary._with_state(tokenizer, json.loads(tokenizer.backend_tokenizer.to_str()))
+    other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"additional_special_tokens": ["<|behind|>"]})
     behind = other.convert_tokens_to_ids("<|behind|>")
     assert behind == len(tokenizer)
     new, added = vocabulary.extend(other, ["NetworkX"])
-    assert new.convert_tokens_to_ids("<|behind|>") == behind and [what["id"] for what in added.values()] == [behind + 1]
+    assert new.convert_tokens_to_ids("<|behind|>") == behind
+    assert [what["id"] for what in added.values()] == [behind + 1]
     assert new("<|behind|> NetworkX").input_ids == [behind, behind + 1]
 
 
-@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer"])
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer"])
 def test_a_tokenizer_of_its_own_class_is_extended_and_saved_as_such(tokenizer, tmp_path, kind):
     """transformers 5 builds some classes anew from entries and merges, and reads no more of the file."""
     tokenizer.save_pretrained(tmp_path / "old")
@@ -95,21 +119,23 @@ def test_terms_that_contain_each_other_are_all_one_token(tokenizer):
 
 
 @pytest.mark.parametrize(("terms", "reason"), [
-    (["graph"], "in the vocabulary already, as 'Ġgraph'"), (["T-cell"], "cuts it into ' T', '-', 'cell'"), (["two words"], "cuts it into"),
-    (["NetworkX", "NetworkX"], "term 2 'NetworkX': stands twice"), ([" NetworkX"], "blanks around"), ([""], "empty")])
+    (["graph"], "in the vocabulary already, as 'Ġgraph'"), (["T-cell"], "always splits it: ĠT | - | cell"),
+    (["two words"], "always splits it"),
+    (["NetworkX", "NetworkX"], "term 'NetworkX': stands twice"), ([" NetworkX"], "spaces around"),
+    ([""], "empty")])
 def test_terms_that_cannot_be_are_refused_in_one_line(tokenizer, terms, reason):
-    with pytest.raises(SystemExit) as told:
+    with pytest.raises(SystemExit) as error:
         vocabulary.extend(tokenizer, terms)
-    assert reason in str(told.value) and "\n" not in str(told.value)
+    assert reason in str(error.value) and "\n" not in str(error.value)
 
 
-SENTENCES = ["The NetworkX library", "a graph, undirected, of nodes", "Сегодня крипта выросла", "Наша айтишка и крипта", "an estimator fits",
-             "at Chebyshev nodes"]
+SENTENCES = ["The NetworkX library", "a graph, undirected, of nodes", "Сегодня крипта выросла",
+             "Наша айтишка и крипта", "an estimator fits", "at Chebyshev nodes"]
 
 
 @pytest.fixture(scope="module")
 def ways(tokenizer, extended):
-    return vocabulary.variants(tokenizer, TERMS, extended[0])
+    return vocabulary.ways(tokenizer, TERMS, extended[0])
 
 
 def count(way):
@@ -124,15 +150,16 @@ def count(way):
 
 def test_only_vocabulary_entries_round_trip_and_are_one_token_in_all_sentences(ways):
     n = len(SENTENCES)
-    assert count(ways["entry and merges"]) == (n, n) and count(ways["entry and ignore_merges"]) == (n, n)
-    assert all(count(way) != (n, n) for name, way in ways.items() if name.startswith("AddedToken") and name != "AddedToken with blank")
+    assert count(ways["entry and merges"]) == (n, n)
+    others = [name for name in ways if name not in ("entry and merges", "AddedToken with space")]
+    assert len(others) == 4 and all(count(ways[name]) != (n, n) for name in others)
 
 
 def test_what_each_added_token_does_wrong(ways):
-    assert "Ġ" in vocabulary.pieces(ways["AddedToken"], "The NetworkX library")  # a blank of its own
+    assert "Ġ" in vocabulary.pieces(ways["AddedToken"], "The NetworkX library")  # a space of its own
     assert "NetworkX" in vocabulary.pieces(ways["AddedToken"], "MyNetworkXs")  # fires inside words
     lost = ways["AddedToken lstrip"]
-    assert lost.decode(lost("The NetworkX library").input_ids) == "TheNetworkX library"  # the blank is gone
-    never = ways["AddedToken with blank, single_word"]
+    assert lost.decode(lost("The NetworkX library").input_ids) == "TheNetworkX library"  # the space is gone
+    never = ways["AddedToken with space, single_word"]
     assert " NetworkX" not in vocabulary.pieces(never, "The NetworkX library")  # does not fire after a letter
-    assert " estimator" in vocabulary.pieces(ways["AddedToken with blank"], "the estimators")  # cuts longer words
+    assert " estimator" in vocabulary.pieces(ways["AddedToken with space"], "the estimators")  # too early
