@@ -15,13 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 import json
 from types import SimpleNamespace
 
-from common import models, results  # models before anything that loads bitsandbytes: it keeps that quiet
-
-# isort: split
-
 from peft import TrainableTokensConfig, get_peft_model
 from transformers import Trainer
 
+from common import models, results
 from task3_tokenizer import embeddings, task, training
 
 

@@ -45,7 +45,7 @@ MAX_CODE_CHARS = 8000
 JACCARD = 0.8
 
 
-# ------------------------------------------------------------------------------------------------- the corpus
+# ---------------------------------------------------------------------------------------------- the corpus
 
 def versions() -> dict[str, str]:
     """{package: version} of everything that the corpus is made from."""
@@ -141,7 +141,7 @@ def load(deduplicated: bool = True) -> tuple[list[dict], dict[str, int]]:
     return stored["rows"], stored["counts"]
 
 
-# ------------------------------------------------------------------------------------- duplicates and leaks
+# ------------------------------------------------------------------------------------ duplicates and leaks
 
 def normalise(text: str) -> str:
     """Lower-case letters and digits of any script, separated by single spaces.
@@ -217,7 +217,7 @@ def leaks(train: list[dict], held_out: list[dict]) -> dict[str, int]:
             "near_duplicate": sum(twin is not None and twin < len(train) for twin in twins)}
 
 
-# ------------------------------------------------------------------------------------------------- other data
+# ---------------------------------------------------------------------------------------------- other data
 
 def general_english() -> list[dict]:
     """{"question", "support"} of SciQ's validation split (Welbl et al. 2017), which no task trains on."""

@@ -47,7 +47,7 @@ ENCODERS = "MODEL=embedded-minilm or MODEL=<folder with config.json and *.safete
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-# ---------------------------------------------------------------------------------- device and number format
+# -------------------------------------------------------------------------------- device and number format
 
 def device() -> torch.device:
     """The accelerator of this process, else the CPU.
@@ -135,7 +135,7 @@ def free_memory(cap_gib: float = 0) -> int:
     return min(free, int(cap_gib * 2**30) - used) if cap_gib else free
 
 
-# ------------------------------------------------------------------------------------ where models come from
+# ---------------------------------------------------------------------------------- where models come from
 
 @functools.cache
 def resolve(name: str, choices: str = DECODERS) -> str:
@@ -219,7 +219,7 @@ def hyperclone(source: Path, target: Path, times: int) -> None:
     AutoTokenizer.from_pretrained(source).save_pretrained(target)
 
 
-# --------------------------------------------------------------------------------------- how they are loaded
+# ------------------------------------------------------------------------------------- how they are loaded
 
 def load_tokenizer(name: str):
     """Tokenizer that pads on the left, with a token other than EOS where the vocabulary has one to spare.
@@ -335,7 +335,7 @@ def contiguous_head(model) -> None:
     head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
 
 
-# ---------------------------------------------------------------------------------------- what they compute
+# --------------------------------------------------------------------------------------- what they compute
 
 def causal_of(model):
     """The causal model itself where PEFT's wrapper hides it."""

@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -49,7 +50,7 @@ AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_eve
               "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# --------------------------------------------------------------------------------------------------- files
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the whole new one."""
@@ -106,7 +107,7 @@ def command(path: Path, profile: str, settings: dict[str, str]) -> str:
     return " ".join(words + ([f'SET="{" ".join(knobs)}"'] if knobs else []))
 
 
-# ----------------------------------------------------------------------------------------------------- hashes
+# -------------------------------------------------------------------------------------------------- hashes
 
 def sha256(path: Path) -> str:
     """Hash of a file, or of all files of a folder with their names."""
@@ -157,7 +158,7 @@ def imported_modules() -> dict[str, str]:
             if name not in PLUMBING and not name.startswith("tests/")}
 
 
-# ------------------------------------------------------------------------------------------------------ knobs
+# --------------------------------------------------------------------------------------------------- knobs
 
 def knobs(path: Path) -> dict[str, dict]:
     """Knobs of the dataclass `Config` and of `PROFILES` in a script, each with its reason.
@@ -249,6 +250,8 @@ def parse_arguments(argv: list[str], script: Path, doc: str | None = None) -> ar
 def check_arguments(file: str, doc: str) -> None:
     """Called by a script before its slow imports: --help and wrong arguments are answered at once."""
     parse_arguments(sys.argv[1:], Path(file).resolve(), doc)
+    for library in ("bitsandbytes", "lm_eval"):  # they advise to install optional packages
+        logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.stderr.isatty():  # no progress bars in a log file: libraries read this when they are imported
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -285,7 +288,7 @@ def cached(path: Path, given: list, make) -> dict:
     return json.loads(path.read_text())
 
 
-# ----------------------------------------------------------------------------------------------------- a step
+# -------------------------------------------------------------------------------------------------- a step
 
 class Run:
     """One step of one task: its knobs `cfg`, where it reads and writes, what it has read so far."""
@@ -440,7 +443,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# -------------------------------------------------------------------------------------------------- freshness
+# ----------------------------------------------------------------------------------------------- freshness
 
 def changed(path: Path, args=None) -> str | None:
     """What differs between now and when the result at `path` was made; None if nothing does."""

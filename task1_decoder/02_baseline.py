@@ -1,27 +1,29 @@
 """Question: how good is the model before training, and how far does a good prompt alone get it?
 
-A process of its own, in which no adapter exists: a "before" that was measured with an adapter attached is the costliest mistake of
-such comparisons.
+A process of its own, in which no adapter exists: a "before" that was measured with an adapter attached is the
+costliest mistake of such comparisons.
 
-Reads   runs/<run>/task1_decoder/{test,train,choice}.jsonl of 01
-Writes  results/<run>/task1_decoder/02_baseline.json, runs/<run>/task1_decoder/items_base.json (per item, for the paired tests of 04)
+Reads   runs/<run>/task1_decoder/{test,train,choice}.jsonl of 01 Writes
+results/<run>/task1_decoder/02_baseline.json, runs/<run>/task1_decoder/items_base.json (per item, for 04)
 Needs   about 3.5 min and 4 GB on 2 cores
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+    results.check_arguments(
+        __file__, __doc__
+    )  # reports a wrong one before the seconds that the next imports take
 
 import json
 from dataclasses import dataclass
 
-from common import models
+from common import models, stats
 from task1_decoder import task
 
 
@@ -39,25 +41,29 @@ def main(run):
     tokenizer = models.load_tokenizer(cfg.model)
     model = models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant)
     size = models.size(model)
-    sizes = {"parameters": size["parameters"], f"bytes_{cfg.precision}": size["bytes"], "bytes_16bit": 2 * size["parameters"]}
-    run.log(**{k: v / 1e6 for k, v in sizes.items()}, unit="million")
+    sizes = {"parameters": size["parameters"], f"bytes_{cfg.precision}": size["bytes"],
+             "bytes_16bit": 2 * size["parameters"]}
+    run.log(**{name: value / 1e6 for name, value in sizes.items()}, unit="million")
 
-    measured = task.measure(model, tokenizer, run)
+    zero_shot = task.measure(model, tokenizer, run)
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     few_shot = task.score(model, tokenizer, test, cfg, task.trained_texts(run), task.shots_of(run))
-    run.log(measured="3-shot", nll_per_token=sum(i["nats"] for i in few_shot) / sum(i["tokens"] for i in few_shot))
-
+    run.log(measured="3-shot", nll_per_token=task.nll(few_shot))
     del model
-    unquantised = models.compute_name(cfg.compute)  # 4 bits alone cost general English: what was forgotten is judged against this
-    measured_16bit = task.measure(models.load_decoder(cfg.model, unquantised), tokenizer, run, general_only=True)
+    # 4 bits alone cost general English, so what training made the model forget is judged against 16 bits
+    plain = models.compute_name(cfg.compute)
+    unquantised = task.measure(models.load_decoder(cfg.model, plain), tokenizer, run, general_only=True)
 
-    stored = {"zero-shot": measured, "3-shot": few_shot, "unquantised": measured_16bit}
-    results.write_atomic(run.folder / "items_base.json", json.dumps(stored))
-    rows = [{"table": "size", "model": "base", "metric": name, "value": value} for name, value in sizes.items()]
-    rows += task.rows_of(measured, "base") + task.rows_of({"heldout": few_shot}, "base 3-shot")
-    rows += task.rows_of(measured_16bit, f"{unquantised} base")
+    measured = {"base": zero_shot, "base 3-shot": {"heldout": few_shot}, f"{plain} base": unquantised}
+    results.write_atomic(run.folder / "items_base.json", json.dumps(measured))
+    rows = [
+        {"table": "size", "name": "base", "metric": name, "value": value} for name, value in sizes.items()
+    ]
+    for name, tables in measured.items():
+        for table, items in tables.items():
+            rows += stats.rows_of(table, name, items, task.TABLES.get(table, task.ACCURACY))
     run.save(rows, artifacts=["items_base.json"])
-    run.log(base_nll_per_token=next(r["value"] for r in rows if r["metric"] == "nll_per_token"), n=len(test))
+    run.log(base_nll_per_token=task.nll(zero_shot["heldout"]), n=len(test))
 
 
 if __name__ == "__main__":

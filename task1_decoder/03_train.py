@@ -1,123 +1,330 @@
 """Question: what do 4-bit weights and a few million LoRA parameters learn in minutes?
 
-Reads   runs/<run>/task1_decoder/{train,dev}.jsonl of 01
-Writes  results/<run>/task1_decoder/03_train.json, runs/<run>/task1_decoder/{adapter/,checkpoints/}
-Needs   about 3 min and 4.5 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the last checkpoint
+Reads   runs/<run>/task1_decoder/{train,dev}.jsonl of 01 Writes  results/<run>/task1_decoder/03_train.json,
+runs/<run>/task1_decoder/{adapter/,checkpoints/} Needs   about 3 min and 4.5 GB on 2 cores; interrupted
+(Ctrl-C, kill, power), the same command resumes from the last checkpoint
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
+import random
 import shutil
+import time
 from dataclasses import dataclass
 
-from common import models, trainer
-from task1_decoder import task, training
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+
+from common import models, training
+from task1_decoder import memory, scoring, task
 
 
 @dataclass(frozen=True)
 class Config(task.Config):
     # -- the adapter --
-    # Rank, a cap on capacity: 16 x (in + out) weights a layer, 4.9M in all, 3.6 % of the model. Rank hardly mattered in the QLoRA
-    # paper once all layers had one; raise it when more epochs stop lowering the training loss.
+    # Rank, a cap on capacity: 16 x (in + out) weights a layer, 4.9M in all, 3.6 % of the model. Rank hardly
+    # mattered in the QLoRA paper once all layers had one; raise it when more epochs stop lowering the
+    # training loss.
     lora_r: int = 16
-    # The update is scaled by alpha / r = 2, the common default. It acts like a learning rate: tune that one, keep this.
+    # The update is scaled by alpha / r = 2, the common default. It acts like a learning rate: tune that
+    # one, keep this.
     lora_alpha: int = 32
-    # Nothing is seen twice in the CPU run, so there is nothing to overfit. 0.05 once the same rows come back for several epochs.
+    # Nothing is seen twice in the CPU run, so there is nothing to overfit. 0.05 once the same rows come
+    # back for several epochs.
     lora_dropout: float = 0.0
-    # Every linear layer but the head, attention and MLP: the one choice the QLoRA paper found critical (fig. 2). PEFT finds them in
-    # any architecture; or names separated by commas, or a regular expression.
+    # Every linear layer but the head, attention and MLP: the one choice the QLoRA paper found critical
+    # (fig. 2). PEFT finds them in any architecture; or names separated by commas, or a regular expression.
     target_modules: str = "all-linear"
 
     # -- the optimiser --
-    # Ten times the paper's 2e-4, because the model is small and the run is 75 steps, not 1,875: 96 steps took the dev loss from 4.20 to
-    # 3.13 at 1e-3 and to 3.11 at 2e-3. Halve it if the loss jumps after warm-up, and for models above 1B.
+    # Ten times the paper's 2e-4, because the model is small and the run is 75 steps, not 1,875: 96 steps
+    # took the dev loss from 4.20 to 3.13 at 1e-3 and to 3.11 at 2e-3. Halve it if the loss jumps after
+    # warm-up, and for models above 1B.
     learning_rate: float = 2e-3
-    # 75 x 8 = 600 rows of 16,500: what 3 minutes on 2 cores afford at 2.2 s a step. A run of 90 had dev 3.00 at step 60 and 2.98 at its
-    # end: longer runs on these rows gain little. PROFILE=gpu sees 12,800 rows, 0.8 of an epoch.
+    # 75 x 8 = 600 rows of 16,500: what 3 minutes on 2 cores afford at 2.2 s a step. A run of 90 had dev
+    # 3.00 at step 60 and 2.98 at its end: longer runs on these rows gain little. PROFILE=gpu sees 12,800
+    # rows, 0.8 of an epoch.
     max_steps: int = 75
-    # Small, because steps are few: at the same 1,152 rows, 144 steps of 8 reached dev 3.09 where 72 of 16 reached 3.11.
+    # Small, because steps are few: at the same 1,152 rows, 144 steps of 8 reached dev 3.09 where 72 of 16
+    # reached 3.11.
     batch_size: int = 8
-    # Falls to zero, so the last steps average out the noise of small batches; the paper's constant rate needs thousands of steps.
+    # Falls to zero, so the last steps average out the noise of small batches; the paper's constant rate
+    # needs thousands of steps.
     schedule: str = "cosine"
     # About 5 % of the steps: Adam's statistics are unreliable in the first steps.
     warmup_steps: int = 4
-    # Norms run at 0.9-2.0 here, so 1.0, the library's default, trims most steps a little and caps the outliers. The paper's
-    # 0.3 would leave only the direction; untuned.
+    # Norms run at 0.9-2.0 here, so 1.0, the library's default, trims most steps a little and caps the
+    # outliers. The paper's 0.3 would leave only the direction. Untuned.
     max_grad_norm: float = 1.0
     # The adapter starts as no change and sees no row twice: nothing to shrink.
     weight_decay: float = 0.0
-    # The state is 2 x 4 bytes x 4.9M = 39 MB: nothing to page out, and 8 bits would save 29 MB. Fused took 16 ms of a 2.4 s step, plain
-    # 30 ms (measured, 2 cores). paged_adamw_8bit is for full fine-tuning.
+    # The state is 2 x 4 bytes x 4.9M = 39 MB: nothing to page out, and 8 bits would save 29 MB. Fused took
+    # 16 ms of a 2.4 s step, plain 30 ms (measured, 2 cores). paged_adamw_8bit is for full fine-tuning.
     optimizer: str = "adamw_torch_fused"
 
     # -- memory --
-    # Rows of a batch computed at once, 0 = as many as fit; the others follow by gradient accumulation, which trains the same.
+    # Rows of a batch computed at once, 0 = as many as fit; the others follow by gradient accumulation,
+    # which trains the same.
     rows_per_pass: int = 0
-    # Compute activations again in the backward pass instead of keeping them: a third more arithmetic for a fraction of their memory.
-    # "auto" turns it on when an eighth of the batch does not fit without; make ablations PROFILE=gpu measures "on" and "off".
+    # Compute activations again in the backward pass instead of keeping them: a third more arithmetic for a
+    # fraction of their memory. "auto" turns it on when an eighth of the batch does not fit without; make
+    # ablations PROFILE=gpu measures "on" and "off".
     gradient_checkpointing: str = "auto"
 
     # -- watching it --
     # Steps between dev losses; each costs 6 s on 2 cores. Checkpoints are written at the same steps.
     eval_every: int = 25
-    # Dev losses without a new best before stopping: only a run that went wrong stops early. With longer runs, 3.
+    # Dev losses without a new best before stopping: only a run that went wrong stops early. With longer
+    # runs, take 3.
     patience: int = 2
     # Steps between log lines: one line every 15 s.
     log_every: int = 6
-    # Batches sorted by length together, then shuffled: rows of one batch differ little, so 7 % of tokens are padding, not 24 %.
+    # Batches sorted by length together, then shuffled: rows of one batch differ little, so 7 % of tokens
+    # are padding, not 24 %.
     bucket: int = 8
 
 
 PROFILES = {
-    "smoke": dict(
-        max_steps=6,  # proves the path
-        batch_size=4,  # same
-        eval_every=3,  # two dev losses and two checkpoints
-        log_every=1,  # short
-        warmup_steps=1,  # of 6 steps
-    ),
+    "smoke": dict(max_steps=6, batch_size=4, eval_every=3, log_every=1, warmup_steps=1),
     "cpu": dict(),
     "gpu": dict(
         max_steps=400,  # 12,800 of 16,500 rows, each once: three minutes on a big GPU
-        batch_size=32,  # keeps a big GPU busy; gradients less noisy
-        learning_rate=5e-4,  # larger models want less: 2.669 from 5.127 in 120 steps in a first trial of this size; untuned otherwise
+        batch_size=32,  # keeps a big GPU busy, and gradients are less noisy
+        learning_rate=5e-4,  # larger models want less: dev 5.127 -> 2.669 in 120 steps of a trial; untuned
         warmup_steps=20,  # 5 %
-        eval_every=100,  # four readings
-        log_every=10,  # forty lines
+        eval_every=100,
+        log_every=10,
     ),
 }
 
 
-def main(run):
-    cfg, data = run.cfg, run.load("01_data")
-    pool, dev = (results.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev"))
-    checkpoints, adapter = run.folder / "checkpoints", run.folder / "adapter"
-    model, facts, history = training.train(cfg, pool, dev, checkpoints, [results.result_hash(data)], run.log)
-    if not results.MAIN_PROCESS:
-        return
+# ---------------------------------------------------------------------------------------- base and adapter
+
+def load_model(cfg):
+    """The frozen base in `cfg.precision` (4 bits), with a LoRA adapter that is no change yet."""
+    if models.device().type == "cuda":
+        torch.cuda.set_device(models.device())  # bitsandbytes computes on the current one
+    transformers.set_seed(cfg.seed)  # LoRA's A is drawn below; the Trainer would seed too late for it
+    base = models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant)
+    base.config.use_cache = False
+    # The adapter stays in fp32, PEFT's default: bf16 would round small updates away, and was no faster (4.5
+    # s a step of 16 rows, both).
+    return get_peft_model(
+        base,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=cfg.lora_r,
+            lora_alpha=cfg.lora_alpha,
+            lora_dropout=cfg.lora_dropout,
+            bias="none",
+            target_modules=models.lora_targets(base, cfg.target_modules),
+        ),
+    )
+
+
+# ---------------------------------------------------------------------------------------- batches and loss
+
+def schedule(examples: list[dict], cfg) -> list[dict]:
+    """The examples of every step in training order: epochs of shuffled batches whose rows have similar
+    length.
+
+    The Trainer reads the list in sequence, so a resumed run sees what an uninterrupted one would have seen.
+    """
+    def length(example):
+        return len(example["prompt"]) + len(example["answer"])
+    rng, ordered, needed = random.Random(cfg.seed), [], cfg.max_steps * cfg.batch_size
+    while len(ordered) < needed:
+        epoch = rng.sample(examples, len(examples))[:needed - len(ordered)]
+        for start in range(0, len(epoch), cfg.bucket * cfg.batch_size):
+            span = sorted(epoch[start:start + cfg.bucket * cfg.batch_size], key=length)
+            batches = [span[i:i + cfg.batch_size] for i in range(0, len(span), cfg.batch_size)]
+            rng.shuffle(batches)
+            ordered += [example for batch in batches for example in batch]
+    return ordered
+
+
+class DevTrainer(Trainer):
+    """The library's Trainer. The loss is the model's own: cross-entropy of the answer's tokens and its end.
+
+    The dev loss is the function that 02 and 04 report, weighted by token.
+    """
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self.model.eval()
+        with self.autocast_smart_context_manager():
+            batch_size = self.args.per_device_eval_batch_size
+            items = scoring.score_answers(self.model, self.processing_class, self.eval_dataset, batch_size)
+        self.model.train()
+        metrics = {"eval_loss": task.nll(items)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: str, log, callbacks=()):
+    """Train an adapter on `rows` and keep the one with the best dev loss.
+
+    Returns (model in eval mode, training stats, the library's log history). The same call resumes from the
+    last checkpoint unless knobs or data (`data_hash`) changed; the caller removes `checkpoints` once it has
+    saved what it wants.
+    """
+    tokenizer = models.load_tokenizer(cfg.model)
+    dev = task.encode(tokenizer, dev, cfg)
+    drawn = random.Random(cfg.seed).sample(rows, min(len(rows), cfg.max_steps * cfg.batch_size))
+    examples = schedule(task.encode(tokenizer, drawn, cfg), cfg)
+    model = load_model(cfg)
+
+    compute, per_process = models.arithmetic(cfg.precision, cfg.compute), training.per_process(cfg.batch_size)
+    last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash])
+    lengths = [len(example["prompt"]) + len(example["answer"]) for example in examples]
+    longest = sorted(range(len(examples)), key=lambda i: -lengths[i])[:per_process]
+    per_pass, checkpointing, predicted = memory.plan(
+        model,
+        task.collate([examples[i] for i in longest], tokenizer.pad_token_id),
+        compute,
+        cfg.rows_per_pass,
+        cfg.gradient_checkpointing,
+        cfg.memory_gib,
+    )
+    stats = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+             "trained_rows": len(examples), "epochs": len(examples) / len(rows), "rows_per_pass": per_pass,
+             "gradient_checkpointing": checkpointing, "processes": training.PROCESSES}
+    log(**stats, predicted_GiB=predicted["total"] / 2**30)
+
+    args = training.one_process(
+        TrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=cfg.max_steps,
+            learning_rate=cfg.learning_rate,
+            lr_scheduler_type=cfg.schedule,
+            warmup_steps=cfg.warmup_steps,
+            max_grad_norm=cfg.max_grad_norm,
+            weight_decay=cfg.weight_decay,
+            optim=cfg.optimizer,
+            seed=cfg.seed,
+            per_device_train_batch_size=per_pass,
+            gradient_accumulation_steps=per_process // per_pass,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            train_sampling_strategy="sequential",
+            per_device_eval_batch_size=cfg.eval_batch_size,
+            # the best and the last checkpoint are kept, and the best is loaded in the end
+            eval_strategy="steps",
+            eval_steps=cfg.eval_every,
+            eval_on_start=not last,
+            save_steps=cfg.eval_every,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=False,
+            logging_steps=cfg.log_every,
+            ddp_find_unused_parameters=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            **training.options(compute),
+        )
+    )
+    trainer = DevTrainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=examples, eval_dataset=dev,
+        data_collator=lambda batch: task.collate(batch, tokenizer.pad_token_id),
+        callbacks=[training.Log(log, ("loss", "eval_loss", "learning_rate", "grad_norm")),
+                   EarlyStoppingCallback(cfg.patience), *callbacks])
+    trainer.remove_callback(PrinterCallback)
+    started = time.time()
+    trainer.train(resume_from_checkpoint=last)
+    seconds = time.time() - started
+    training.finish()
+
+    history = trainer.state.log_history
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    padded = sum(len(lengths[i:i + per_pass]) * max(lengths[i:i + per_pass])
+                 for i in range(0, len(lengths), per_pass))
+    stats |= {
+        "steps": trainer.state.global_step,
+        "trained_tokens": sum(lengths),
+        "padding_share": 1 - sum(lengths) / padded,
+        "dev_nll_before": losses[0],
+        "dev_nll_best": min(losses),
+        **{f"predicted_{name}_bytes": size for name, size in predicted.items()},
+        "measured_peak_bytes": results.peak_memory(),
+        "training_seconds": None if last else seconds,  # nobody knows those before a resumption
+        "tokens_per_second": None if last else sum(lengths) / seconds,
+    }
+    return model.eval(), stats, history
+
+
+# -------------------------------------------------------------------------------------------- what is kept
+
+
+def save(model, cfg, adapter: Path, dev: list[dict]) -> dict[str, float]:
+    """Write the adapter and its tokenizer, reload them onto a fresh base, and compare logits on some dev
+    rows.
+
+    The adapter and its card name the base as it is known elsewhere, not by its folder on this machine.
+    SystemExit if it does not reload exactly, or reloads as the base: what nobody has reloaded is not saved.
+    """
     shutil.rmtree(adapter, ignore_errors=True)
-    # adapter and card name the base as it is known elsewhere, not by its folder on this machine
-    base, config = model.get_base_model(), model.peft_config["default"]
+    tokenizer, base, config = (
+        models.load_tokenizer(cfg.model),
+        model.get_base_model(),
+        model.peft_config["default"],
+    )
     base.name_or_path, config.revision = models.public_name(cfg.model)
     config.base_model_name_or_path = base.config.name_or_path = base.name_or_path
     model.save_pretrained(adapter, save_embedding_layers=False)
-    models.load_tokenizer(cfg.model).save_pretrained(adapter)  # with its chat template: the folder is all that a user of it needs
-    facts |= {"adapter_file_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
-              "reload_max_logit_difference": training.check_reload(cfg, model, adapter, dev[:4])}
-    rows = [{"table": "curve", "model": "tuned", "metric": m, "step": h["step"], "value": h[m]}
-            for h in history for m in ("loss", "eval_loss") if m in h]
-    rows += [{"table": "training", "model": "tuned", "metric": name, "value": value} for name, value in facts.items()]
-    run.save(rows, artifacts=["adapter"], tokens_per_second=facts["tokens_per_second"])
-    trainer.remove(checkpoints)
-    run.log(dev_nll_before=facts["dev_nll_before"], dev_nll_best=facts["dev_nll_best"], steps=facts["steps"])
+    tokenizer.save_pretrained(adapter)  # with its chat template: the folder is all that a user of it needs
+
+    batch = task.collate(task.encode(tokenizer, dev, cfg), tokenizer.pad_token_id)
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "position_ids")}
+    fresh = models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant)
+    fresh = PeftModel.from_pretrained(fresh, adapter).eval()
+    with torch.inference_mode(), models.autocast(models.arithmetic(cfg.precision, cfg.compute)):
+        reloaded, trained = fresh(**inputs).logits, model(**inputs).logits
+        with fresh.disable_adapter():
+            untrained = fresh(**inputs).logits
+    difference, moved = ((reloaded - other).abs().max().item() for other in (trained, untrained))
+    if difference != 0 or moved == 0:
+        raise SystemExit(
+            f"{results.shown(adapter)} reloads wrongly: its logits differ by {difference} from the trained "
+            f"model's, by {moved} from the base's"
+        )
+    return {"adapter_file_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
+            "reload_max_logit_difference": difference}
+
+
+def main(run):
+    cfg, data = run.cfg, run.load("01_data")
+    rows, dev = (results.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev"))
+    checkpoints = run.folder / "checkpoints"
+    model, stats, history = train(cfg, rows, dev, checkpoints, results.result_hash(data), run.log)
+    if not results.MAIN_PROCESS:
+        return  # all have the same weights, and the first process saves them
+    stats |= save(model, cfg, run.folder / "adapter", dev[:4])
+    table = [
+        {"table": "curve", "name": "tuned", "metric": metric, "step": entry["step"], "value": entry[metric]}
+        for entry in history
+        for metric in ("loss", "eval_loss")
+        if metric in entry
+    ]
+    table += [
+        {"table": "training", "name": "tuned", "metric": name, "value": value}
+        for name, value in stats.items()
+    ]
+    run.save(table, artifacts=["adapter"], tokens_per_second=stats["tokens_per_second"])
+    training.remove(checkpoints)
+    run.log(dev_nll_before=stats["dev_nll_before"], dev_nll_best=stats["dev_nll_best"], steps=stats["steps"])
 
 
 if __name__ == "__main__":

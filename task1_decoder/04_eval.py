@@ -2,101 +2,129 @@
 
 Same items, same functions, same batch size as 02, in a fresh process that loads the adapter from disk.
 
-Reads   items_base.json of 02, adapter/ of 03
-Writes  results/<run>/task1_decoder/04_eval.json, runs/<run>/task1_decoder/{items_tuned.json,examples.md}
-Needs   about 4 min and 2 GB on 2 cores
+Reads   items_base.json of 02, adapter/ of 03 Writes  results/<run>/task1_decoder/04_eval.json,
+runs/<run>/task1_decoder/{items_tuned.json,examples.md,merged/} Needs   about 4 min and 2 GB on 2 cores
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # a wrong one is said before the seconds that the next imports take
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
 from dataclasses import dataclass
 
-from common import models  # before anything that loads bitsandbytes: it keeps that quiet
-
-# isort: split
-
 import torch
 from peft import PeftModel
 
-from common import stats
-from task1_decoder import task
+from common import models, stats
+from task1_decoder import scoring, task
 
 
 @dataclass(frozen=True)
 class Config(task.Config):
-    # Items of the attribution table (4 and 16 bits, with and without adapter, merged): three more passes for the 16-bit rows.
+    # Items of the attribution table (4 and 16 bits, with and without adapter, merged): three more passes
+    # over them for the 16-bit rows.
     n_attribution: int = 80
 
 
 PROFILES = {
-    "smoke": dict(
-        n_attribution=8,  # enough for every code path
-    ),
+    "smoke": dict(n_attribution=8),
     "cpu": dict(),
-    "gpu": dict(
-        n_attribution=1000,  # all test items
-    ),
+    "gpu": dict(n_attribution=1000),
 }
-HEADLINE = ("nll_per_token", "bits_per_byte", "chrf", "rouge_l", "stopped")
 
 
-def attribution(run, tokenizer, adapter, test, scored):
-    """NLL rows on the same items for {as trained, unquantised} x {base, adapter}, and for the adapter merged into the latter.
-
-    `scored`: {name: items} of the base and the tuned model as trained, which 02 and this script have scored already. Unquantised is 16
-    bits, or 32 where `compute` is fp32. Saves the merged model.
-    """
-    cfg, items, trained = run.cfg, dict(scored), models.label(run.cfg.precision)
-    plain = models.compute_name(cfg.compute)
-    model = PeftModel.from_pretrained(models.load_decoder(cfg.model, plain), adapter).eval()
-    with model.disable_adapter():
-        items[f"{plain} base"] = task.loss_only(model, tokenizer, test, cfg)
-    items[f"{plain} + adapter"] = task.loss_only(model, tokenizer, test, cfg)
-    merged = model.merge_and_unload()  # into 16 bits: merged into 4 bits, rounding can swamp the adapter
-    items[f"{plain} merged"] = task.loss_only(merged, tokenizer, test, cfg)
-    merged.save_pretrained(run.folder / "merged")
-    tokenizer.save_pretrained(run.folder / "merged")
+def compared(name: str, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> list[dict]:
+    """Result rows of `after - before`, paired by item, for every table of `before`."""
     rows = []
-    for name, found in items.items():
-        values, weights = task.column(found, "nll_per_token")
-        reference, _ = task.column(items[f"{trained} base" if "base" in name else f"{trained} + adapter"], "nll_per_token")
-        rows.append({"table": "attribution", "model": name, "metric": "nll_per_token", **stats.ratio_interval(values, weights)})
-        rows.append({"table": "attribution", "model": name, "metric": f"minus_{cfg.precision}", **stats.paired_delta(reference, values, weights)})
-    best_base, tuned = (task.column(items[name], "nll_per_token")[0] for name in (f"{plain} base", f"{trained} + adapter"))
-    rows.append({"table": "attribution", "model": f"{trained} + adapter", "metric": f"minus_{plain}_base",
-                 **stats.paired_delta(best_base, tuned, weights)})
+    for table, items in before.items():
+        metrics = task.TABLES.get(table, task.ACCURACY)
+        rows += stats.delta_rows(table, name, items, after[table], metrics)
     return rows
 
 
-def extremes(before, after, test, k=3):
-    """The k largest gains and losses in chrF, ties broken by NLL, then id: a rule, not a choice. Names and figures only."""
-    packages = {row["id"]: row["name"] for row in test}
-    order = sorted(range(len(after)), key=lambda i: (after[i]["chrf"] - before[i]["chrf"], before[i]["nats"] - after[i]["nats"], i))
-    return [{"table": "examples", "model": kind, "metric": "chrf_gain", "item": packages[after[i]["id"]], "id": after[i]["id"],
-             "value": after[i]["chrf"] - before[i]["chrf"], "chrf_before": before[i]["chrf"], "chrf_after": after[i]["chrf"],
-             "nll_before": before[i]["nats"] / before[i]["tokens"], "nll_after": after[i]["nats"] / after[i]["tokens"],
-             "output_before": before[i]["text"], "output_after": after[i]["text"]}
-            for kind, chosen in (("win", order[::-1][:k]), ("loss", order[:k])) for i in chosen]
+def attribution(run, tokenizer, adapter: str, test: list[dict], before: list[dict], after: list[dict]):
+    """NLL rows on the same items for {as trained, unquantised} x {base, adapter}, and for the merged model.
+
+    `before` and `after`: items of the base and the tuned model as trained. Unquantised is 16 bits, or 32
+    where `compute` is fp32. The adapter is merged into that, because rounding to 4 bits could swamp it, and
+    the merged model is saved.
+    """
+    cfg, trained, plain = run.cfg, models.label(run.cfg.precision), models.compute_name(run.cfg.compute)
+    examples = task.encode(tokenizer, test, cfg)
+
+    def scored(model):
+        return scoring.score_answers(model, tokenizer, examples, cfg.eval_batch_size)
+    model = PeftModel.from_pretrained(models.load_decoder(cfg.model, plain), adapter).eval()
+    with model.disable_adapter():
+        base = scored(model)
+    items = {f"{trained} base": before, f"{trained} + adapter": after, f"{plain} base": base,
+             f"{plain} + adapter": scored(model)}
+    merged = model.merge_and_unload()
+    items[f"{plain} merged"] = scored(merged)
+    merged.save_pretrained(run.folder / "merged")
+    tokenizer.save_pretrained(run.folder / "merged")
+
+    rows = []
+    for name, own in items.items():
+        reference = before if "base" in name else after
+        rows += stats.rows_of("attribution", name, own, [task.NLL])
+        minus = stats.delta_rows("attribution", name, reference, own, [task.NLL])
+        rows += renamed(minus, f"minus_{cfg.precision}")
+    fairest = stats.delta_rows("attribution", f"{trained} + adapter", base, after, [task.NLL])
+    return rows + renamed(fairest, f"minus_{plain}_base")
 
 
-def write_examples(run, rows, test):
-    """Full texts, for the reader's own machine only: they quote the installed packages."""
-    by_id, text = {row["id"]: row for row in test}, ["# The largest gains and losses in full\n"]
+def renamed(rows: list[dict], metric: str) -> list[dict]:
+    """Rows whose metric says what was subtracted."""
+    return [row | {"metric": metric} for row in rows]
+
+
+def extremes(before: list[dict], after: list[dict], test: list[dict], k: int = 3) -> list[dict]:
+    """The k largest gains and losses in chrF, ties broken by NLL, then by place. Names, figures, model
+    output only.
+    """
+    order = sorted(range(len(after)), key=lambda i: (
+        after[i]["chrf"] - before[i]["chrf"], before[i]["nats"] - after[i]["nats"], i))
+    rows = []
+    for kind, chosen in (("win", order[::-1][:k]), ("loss", order[:k])):
+        for i in chosen:
+            row = {"table": "examples", "name": kind, "metric": "chrf_gain", "item": test[i]["name"],
+                   "id": test[i]["id"], "value": after[i]["chrf"] - before[i]["chrf"]}
+            for when, item in (("before", before[i]), ("after", after[i])):
+                row |= {f"chrf_{when}": item["chrf"], f"nll_{when}": item["nats"] / item["tokens"],
+                        f"output_{when}": item["text"]}
+            rows.append(row)
+    return rows
+
+
+def examples_page(rows: list[dict], test: list[dict]) -> str:
+    """The extremes with full texts, for the reader's own machine only: they quote the installed packages."""
+    by_id, parts = {row["id"]: row for row in test}, ["# The largest gains and losses in full\n"]
     for row in rows:
         source = by_id[row["id"]]
-        text.append(f"## {row['model']}: {source['name']} (chrF {row['chrf_before']:.0f} -> {row['chrf_after']:.0f})\n\n"
-                    f"```python\n{source['prompt']}\n```\n\n- reference: {source['completion']}\n- before: {row['output_before']}\n"
-                    f"- after: {row['output_after']}\n")
-    results.write_atomic(run.folder / "examples.md", "\n".join(text))
+        parts.append(
+            f"## {row['name']}: {source['name']}\n\n"
+            f"chrF {row['chrf_before']:.0f} -> {row['chrf_after']:.0f}\n\n"
+            f"```python\n{source['prompt']}\n```\n\n- reference: {source['completion']}\n"
+            f"- before: {row['output_before']}\n- after: {row['output_after']}\n"
+        )
+    return "\n".join(parts)
+
+
+def basket_rows(run, before: list[dict], after: list[dict]) -> list[dict]:
+    """Each prompt of the basket with both answers, side by side."""
+    shown = ("text", "stopped", "new_tokens", "repetition", "copied")
+    return [{"table": "basket_prompts", "name": "side by side", "kind": row["kind"], "prompt": row["prompt"],
+             "reference": row["completion"] or None, "before": {key: old[key] for key in shown},
+             "after": {key: new[key] for key in shown}}
+            for row, old, new in zip(task.basket.prompts(run), before, after)]
 
 
 def main(run):
@@ -104,35 +132,33 @@ def main(run):
     for step in ("01_data", "02_baseline", "03_train"):
         run.load(step)
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
-    before, few_shot = stored["zero-shot"], stored["3-shot"]
     adapter = str(run.artifact("03_train", "adapter"))
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     tokenizer = models.load_tokenizer(cfg.model)
-    model = PeftModel.from_pretrained(models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant), adapter).eval()
+    model = models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant)
+    model = PeftModel.from_pretrained(model, adapter).eval()
     after = task.measure(model, tokenizer, run)
     del model
     torch.cuda.empty_cache()
-
     results.write_atomic(run.folder / "items_tuned.json", json.dumps(after))
-    rows = task.rows_of(before, "base") + task.rows_of(after, "tuned") + task.delta_rows(before, after)
-    shot = task.delta_rows({"heldout": few_shot}, {"heldout": after["heldout"][:len(few_shot)]})
-    rows += [row | {"model": "tuned minus base 3-shot"} for row in shot]
-    general = task.delta_rows(stored["unquantised"], {name: after[name] for name in stored["unquantised"]})
-    rows += [row | {"model": f"tuned minus {models.compute_name(cfg.compute)} base"} for row in general]
-    rows = [row | {"table": "headline"} for row in rows if row["table"] == "heldout" and row["metric"] in HEADLINE
-            and row["model"] in ("base", "tuned", "delta")] + rows
-    n, trained = cfg.n_attribution, models.label(cfg.precision)
-    rows += attribution(run, tokenizer, adapter, test[:n], {f"{trained} base": before["heldout"][:n],
-                                                             f"{trained} + adapter": after["heldout"][:n]})
-    examples = extremes(before["heldout"], after["heldout"], test)
-    write_examples(run, examples, test)
-    basket = [{"table": "basket_prompts", "model": "side by side", "kind": a["kind"], "prompt": a["prompt"], "reference": a["reference"],
-               "before": {k: b[k] for k in ("text", "stopped", "new_tokens", "repetition", "copied")},
-               "after": {k: a[k] for k in ("text", "stopped", "new_tokens", "repetition", "copied")}}
-              for b, a in zip(before["basket"], after["basket"])]
-    run.save(rows + examples + basket, artifacts=["items_tuned.json", "examples.md", "merged"])
-    head = next(r for r in rows if r["table"] == "headline" and r["model"] == "delta")
-    run.log(delta_nll_per_token=head["value"], lo=head["lo"], hi=head["hi"], p=head["p"], n=head["n"], verdict=head["verdict"])
+
+    measured = {"base": stored["base"], "tuned": after}
+    rows = [row for name, tables in measured.items() for table, items in tables.items()
+            for row in stats.rows_of(table, name, items, task.TABLES.get(table, task.ACCURACY))]
+    rows += compared("delta", stored["base"], after)
+    for name in ("base 3-shot", f"{models.compute_name(cfg.compute)} base"):
+        rows += compared(f"tuned minus {name}", stored[name], after)
+    head = next(row for row in rows if row["name"] == "delta")
+    n = cfg.n_attribution
+    rows += attribution(
+        run, tokenizer, adapter, test[:n], stored["base"]["heldout"][:n], after["heldout"][:n]
+    )
+    examples = extremes(stored["base"]["heldout"], after["heldout"], test)
+    results.write_atomic(run.folder / "examples.md", examples_page(examples, test))
+    rows += examples + basket_rows(run, stored["base"]["basket"], after["basket"])
+    run.save(rows, artifacts=["items_tuned.json", "examples.md", "merged"])
+    run.log(delta_nll_per_token=head["value"], lo=head["lo"], hi=head["hi"], p=head["p"], n=head["n"],
+            verdict=head["verdict"])
 
 
 if __name__ == "__main__":

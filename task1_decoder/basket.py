@@ -1,9 +1,10 @@
-"""The basket: prompts written for this repository, scored before and after. None of the functions occurs in a package.
+"""The basket: prompts written for this repository, scored before and after. No package has one of the
+functions.
 
 Functions ask for what the fine-tuning teaches; general prompts (two languages) show what it may have cost.
 """
 
-from common import corpus
+from common import corpus, results
 
 # Parsed like the corpus: the docstring is the reference, the rest is the prompt.
 FUNCTIONS = '''
@@ -116,14 +117,26 @@ GENERAL = [
     "If I have 3 apples and eat one, how many are left?",
     "Give me a short tip for sleeping better.",
 ]
-RUSSIAN = ["Какой город является столицей России?", "Напиши одно предложение о зиме.", "Что такое нейронная сеть?"]
+RUSSIAN = [
+    "Какой город является столицей России?",
+    "Напиши одно предложение о зиме.",
+    "Что такое нейронная сеть?",
+]
 
 
-def prompts(own: list[dict] = ()) -> list[dict]:
-    """All prompts in a fixed order: {"kind", "prompt", "reference"}; only functions have a reference. With `own` rows {prompt,
-    completion} up to 14 of these stand in place of the functions."""
-    taught = [{"kind": "own", "prompt": row["prompt"], "reference": row["completion"]} for row in own[:14]]
-    taught = taught or [{"kind": "function", "prompt": row["code"], "reference": row["summary"]}
-                        for row in corpus.functions_in(FUNCTIONS, "basket")]
-    return (taught + [{"kind": "general", "prompt": text, "reference": None} for text in GENERAL]
-            + [{"kind": "russian", "prompt": text, "reference": None} for text in RUSSIAN])
+def prompts(run) -> list[dict]:
+    """All prompts in a fixed order, as rows {"id", "kind", "prompt", "completion", "taught"}.
+
+    Only what the fine-tuning teaches has a reference as completion. With own data up to 14 of its dev rows
+    stand in place of the functions.
+    """
+    if run.cfg.data == "corpus":
+        functions = corpus.functions_in(FUNCTIONS, "basket")
+        taught = [{"kind": "function", "prompt": f["code"], "completion": f["summary"]} for f in functions]
+    else:
+        dev = results.read_rows(run.artifact("01_data", "dev.jsonl"))
+        taught = [{**row, "kind": "own"} for row in dev[:14]]
+    general = [("general", text) for text in GENERAL] + [("russian", text) for text in RUSSIAN]
+    rows = [{**row, "taught": True} for row in taught]
+    rows += [{"kind": kind, "prompt": text, "completion": "", "taught": False} for kind, text in general]
+    return [{**row, "id": number} for number, row in enumerate(rows)]

@@ -1,21 +1,63 @@
-"""Log-likelihoods and greedy text from one reading of each prompt: what nll(), generate() and the lm-eval harness share.
+"""Likelihoods and greedy text from one reading of each prompt: what the dev loss, 02, 04 and lm-eval share.
 
-A prompt's keys and values are computed once and serve the reference's likelihood, every choice of a multiple-choice question and
-the generation; the tokens that all prompts start with are computed once per call; the head, 49,152 wide, is applied only where a
-label stands. On two CPU cores this is what makes 200 items and five benchmarks affordable; the numbers are those of a
-plain forward pass up to rounding (tests/test_task1.py, tests/test_harness.py).
+The keys and values of a prompt are computed once and serve the likelihood of the reference, every choice of
+a multiple-choice question, and the generation. The tokens that all prompts start with are computed once per
+call. The head, 49,152 wide, is applied only where an answer stands. On two CPU cores this is what makes 200
+items and five benchmarks affordable; the numbers are those of a plain forward pass up to rounding
+(tests/test_decoders.py, tests/test_harness.py).
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+from itertools import islice
 
 import torch
 from transformers import DynamicCache
 
 from common import models
 
-HEAD_CHUNK = 512  # label positions per application of the head: 512 x 49,152 float32 logits are 100 MB
+HEAD_CHUNK = 512  # answer tokens per application of the head: 512 x 49,152 float32 logits are 100 MB
+
+
+@torch.inference_mode()
+def score_answers(
+    model, tokenizer, examples: list[dict], batch_size: int, max_new_tokens: int = 0
+) -> list[dict]:
+    """Scores of encoded examples (see task.Prompt.encode), in their order.
+
+    Each is {"id", "nats", "tokens", "correct"}: the negative log-likelihood of the answer, its number of
+    tokens, and how many of them are the most probable one; logits in float32. With `max_new_tokens` also a
+    greedy continuation of the prompt, {"text", "stopped", "new_tokens"}: `stopped` says that the model
+    ended it itself.
+    """
+    own = model.generation_config.eos_token_id
+    stops = {
+        tokenizer.eos_token_id,
+        *(own if isinstance(own, list) else [own]),
+        *(e["end"] for e in examples),
+    }
+    stops = sorted(stops - {None})
+    prompts = [example["prompt"] for example in examples]
+    columns = max(map(len, prompts)) + max(max_new_tokens, *(len(example["answer"]) for example in examples))
+    shared = shared_prefix(prompts) if padding_is_ignored(model, columns) else 0
+    reader = Reader(model, tokenizer.pad_token_id, prompts[0][:shared])
+    # similar lengths together: little padding
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    items: list[dict] = [{}] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        reader.prefill([prompts[i] for i in batch])
+        logprobs, matches = reader.logprobs(range(len(batch)), [examples[i]["answer"] for i in batch])
+        for i, row, match in zip(batch, logprobs, matches):
+            items[i] = {"id": examples[i]["id"], "nats": -sum(row), "tokens": len(row), "correct": sum(match)}
+        if max_new_tokens:
+            for i, new in zip(batch, reader.generate(max_new_tokens, stops)):
+                length = next((k for k, token in enumerate(new) if token in stops), None)
+                text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
+                items[i] |= {"text": text, "stopped": length is not None, "new_tokens": len(new[:length])}
+    return items
 
 
 def shared_prefix(sequences: list[list[int]]) -> int:
@@ -25,65 +67,87 @@ def shared_prefix(sequences: list[list[int]]) -> int:
     return max(0, min(same, min(map(len, sequences)) - 1))
 
 
+def padding_is_ignored(model, columns: int) -> bool:
+    """Whether padding may stand between the shared tokens and the rest of a prompt in rows of `columns`
+    tokens.
+
+    A sliding window shorter than that would count it, and so does a model that takes no positions (MPT).
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    takes_positions = (
+        "position_ids" in inspect.signature(models.causal_of(model).get_decoder().forward).parameters
+    )
+    return takes_positions and not (window and window < columns)
+
+
 class Reader:
-    """Reads batches of prompts with a causal model; `shared` leading tokens (given to the constructor) are read only once."""
+    """Runs a causal model over batches of prompts, whose `shared` leading tokens it computes only once."""
 
     def __init__(self, model, pad_token_id: int, shared=()):
         self.model, self.pad, self.shared, self.device = model, pad_token_id, list(shared), model.device
         self.decoder = models.causal_of(model).get_decoder()
-        # a cache made without the model's config keeps every key, also those that a sliding window has passed: only such a cache
-        # can be rewound, and the attention mask still hides them
+        # A cache made without the model's config keeps every key, also those that a sliding window has
+        # passed. Only such a cache can be rewound, and the attention mask still hides them.
         self.prefix = DynamicCache()
         if shared:
-            self.decoder(input_ids=torch.tensor([shared], device=self.device), past_key_values=self.prefix, use_cache=True)
+            ids = torch.tensor([shared], device=self.device)
+            self.decoder(input_ids=ids, past_key_values=self.prefix, use_cache=True)
 
-    def read(self, prompts: list[list[int]]):
-        """Read prompts, left-padded, and keep what logprobs() and generate() continue from: ids and mask (rows, columns), cache, and
-        the last hidden state (rows, hidden)."""
-        rows, skip = [p[len(self.shared):] for p in prompts], len(self.shared)
+    def prefill(self, prompts: list[list[int]]):
+        """Compute the cache of some prompts, left-padded, from which logprobs() and generate() continue.
+
+        Keeps ids and mask (rows, columns), the cache, and the last hidden state (rows, hidden).
+        """
+        rows, skip = [prompt[len(self.shared):] for prompt in prompts], len(self.shared)
         width = max(map(len, rows))
-        self.ids = torch.tensor([self.shared + [self.pad] * (width - len(r)) + r for r in rows], device=self.device)
-        self.mask = torch.tensor([[1] * skip + [0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.device)
+        ids = [self.shared + [self.pad] * (width - len(row)) + row for row in rows]
+        mask = [[1] * skip + [0] * (width - len(row)) + [1] * len(row) for row in rows]
+        self.ids, self.mask = (torch.tensor(part, device=self.device) for part in (ids, mask))
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         cache = copy.deepcopy(self.prefix)
         if skip:
             cache.batch_repeat_interleave(len(rows))
-        read = self.decoder(input_ids=self.ids[:, skip:], attention_mask=self.mask, position_ids=positions[:, skip:],
-                            past_key_values=cache, use_cache=True)
-        self.cache, self.last = read.past_key_values, read.last_hidden_state[:, -1]
+        output = self.decoder(input_ids=self.ids[:, skip:], attention_mask=self.mask, use_cache=True,
+                              position_ids=positions[:, skip:], past_key_values=cache)
+        self.cache, self.last = output.past_key_values, output.last_hidden_state[:, -1]
 
-    def logprobs(self, owners: list[int], continuations: list[list[int]]):
-        """Log-probability and greedy hit of every token of continuation i after prompt `owners[i]` of the last read().
+    def logprobs(self, owners, continuations: list[list[int]]):
+        """Log-probability and greedy match of every token of continuation i after prompt `owners[i]`.
 
         Returns two lists of lists. The cache grows by the continuations; generate() drops them again.
         """
         owner, longest = torch.tensor(owners, device=self.device), max(map(len, continuations))
-        padded = torch.tensor([c + [self.pad] * (longest - len(c)) for c in continuations], device=self.device)
-        real = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in continuations], device=self.device)
+        padded = torch.tensor(
+            [c + [self.pad] * (longest - len(c)) for c in continuations], device=self.device
+        )
+        real = torch.tensor(
+            [[1] * len(c) + [0] * (longest - len(c)) for c in continuations], device=self.device
+        )
         hidden = self.last[owner][:, None]
         if longest > 1:
-            if owners != list(range(len(self.last))):
+            if list(owners) != list(range(len(self.last))):
                 self.cache.batch_select_indices(owner)
-            start = self.mask[owner].sum(1, keepdim=True)
-            more = self.decoder(input_ids=padded[:, :-1], attention_mask=torch.cat([self.mask[owner], real[:, :-1]], 1),
-                                position_ids=start + torch.arange(longest - 1, device=self.device), past_key_values=self.cache,
-                                use_cache=True)
-            hidden = torch.cat([hidden, more.last_hidden_state], 1)
+            mask = torch.cat([self.mask[owner], real[:, :-1]], 1)
+            positions = self.mask[owner].sum(1, keepdim=True) + torch.arange(longest - 1, device=self.device)
+            output = self.decoder(input_ids=padded[:, :-1], attention_mask=mask, position_ids=positions,
+                                  past_key_values=self.cache, use_cache=True)
+            hidden = torch.cat([hidden, output.last_hidden_state], 1)
         hidden, labels = hidden[real.bool()], padded[real.bool()]
-        logprobs, hits = [], []
-        for h, label in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
-            logits = models.logits_of(self.model, h)
+        logprobs, greedy_match = [], []
+        for states, label in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
+            logits = models.logits_of(self.model, states)
             logprobs += (logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(1)).tolist()
-            hits += (logits.argmax(1) == label).tolist()
-        sizes, flat = [len(c) for c in continuations], iter(zip(logprobs, hits))
-        pairs = [[next(flat) for _ in range(size)] for size in sizes]
-        return [[p for p, _ in row] for row in pairs], [[h for _, h in row] for row in pairs]
+            greedy_match += (logits.argmax(1) == label).tolist()
+        sizes = [len(c) for c in continuations]
+        streams = iter(logprobs), iter(greedy_match)
+        return [[list(islice(stream, size)) for size in sizes] for stream in streams]
 
     def generate(self, max_new_tokens: int, stops: list[int]) -> list[list[int]]:
-        """Greedy continuation of each prompt of the last read(), up to and with the first of `stops`."""
+        """Greedy continuation of each prompt of the last prefill(), up to and with the first of `stops`."""
         columns = self.ids.shape[1]
-        self.cache.crop(columns - 1 - self.cache.get_seq_length())  # drops the continuations; the last prompt token is read again
+        # drops the continuations; the last prompt token is computed again
+        self.cache.crop(columns - 1 - self.cache.get_seq_length())
         with models.greedy(self.model, self.pad, stops):
-            ids = self.model.generate(input_ids=self.ids, attention_mask=self.mask, past_key_values=self.cache, do_sample=False,
-                                      max_new_tokens=max_new_tokens)
+            ids = self.model.generate(input_ids=self.ids, attention_mask=self.mask, do_sample=False,
+                                      past_key_values=self.cache, max_new_tokens=max_new_tokens)
         return ids[:, columns:].tolist()

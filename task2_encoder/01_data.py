@@ -56,7 +56,7 @@ OURS = {"anchor": "Limit a value to the closed interval from low to high.",
         "positive": "def clamp(value, low, high):\n    return max(low, min(value, high))"}
 
 
-# ------------------------------------------------------------------------------------------ rows
+# ---------------------------------------------------------------------------------------------------- rows
 
 def corpus_rows() -> list:
     """Corpus functions as {id, anchor, positive, package, split, module, name}; duplicates are still in."""
@@ -88,7 +88,7 @@ def read_own(source: str, minimum: int) -> list:
     return rows
 
 
-# ------------------------------------------------------------------------------------------ groups, filters
+# ----------------------------------------------------------------------------------------- groups, filters
 
 def group(rows: list) -> list:
     """Rows with `group`, equal for rows that share an anchor or a positive, directly or through others.
@@ -159,7 +159,7 @@ def take(rows: list, limit: int, seed: int) -> tuple:
     return taken, others
 
 
-# ------------------------------------------------------------------------------------------ leak gates
+# ---------------------------------------------------------------------------------------------- leak gates
 
 def leaks(train: list, held_out: list) -> dict:
     """Held-out rows that share an anchor, a positive, a near-duplicate or a group with training. All must be
@@ -184,7 +184,7 @@ def refuse_leaks(leaked: dict, repeated: int, bm25_mrr: float) -> None:
                          "out of them")
 
 
-# ------------------------------------------------------------------------------------------ result
+# -------------------------------------------------------------------------------------------------- result
 
 def token_rows(encoder, splits: dict) -> list:
     """Percentiles of the lengths in tokens by split and side, and the share of texts that the model cuts."""

@@ -179,7 +179,7 @@ def cos_sim_fp32(a, b):
         return cos_sim(a.float(), b.float())
 
 
-# ------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------------------ training
 
 class Trainer(SentenceTransformerTrainer):
     """The library's trainer with checkpoints that hold what was trained.
@@ -270,7 +270,7 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
     return model.eval(), stats, history
 
 
-# ------------------------------------------------------------------------------------------ what is saved
+# ------------------------------------------------------------------------------------------- what is saved
 
 def save(model, cfg, folder: Path, search: task.Retrieval) -> dict:
     """Write `folder`/adapter (to open with its base, see `task.load_adapter`) and `folder`/merged (opens

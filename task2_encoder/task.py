@@ -81,7 +81,7 @@ SIDES = {"anchor": "query", "positive": "document"}  # column of a row -> the pr
 DEPTH = 100  # ranks kept per query: enough to say "from 57 to 1", and what rank fusion reads
 
 
-# ------------------------------------------------------------------------------------------ the encoder
+# --------------------------------------------------------------------------------------------- the encoder
 
 def load_encoder(cfg, precision: str | None = None):
     """The encoder of these knobs, in eval mode; with `precision` in another number format than the knob's."""
@@ -104,7 +104,7 @@ def load_adapter(folder: Path, cfg, precision: str | None = None):
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------ retrieval
+# ----------------------------------------------------------------------------------------------- retrieval
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -178,7 +178,7 @@ def embed(model, search: Retrieval, batch_size: int) -> dict[str, dict]:
     return vectors
 
 
-# ------------------------------------------------------------------------------------------ rankings
+# ------------------------------------------------------------------------------------------------ rankings
 # Each returns one {document id: score} per query, in the order of the queries.
 
 def by_cosine(search: Retrieval, vectors: dict) -> list:
@@ -234,7 +234,7 @@ def fuse(*rankings: list) -> list:
     return fused
 
 
-# ------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------------- metrics
 
 def evaluate(search: Retrieval, rankings: list) -> list:
     """One item per query: {"id", "ranked" (document ids, best first), "right" (how many documents are right),
@@ -302,7 +302,7 @@ def largest_difference(one: dict, other: dict) -> float:
     return max(float((one[kind][i] - other[kind][i]).abs().max()) for kind in one for i in one[kind])
 
 
-# ------------------------------------------------------------------------------------------ before and after
+# ---------------------------------------------------------------------------------------- before and after
 
 def measure(model, asked: dict, cfg, rows: list = ()) -> tuple:
     """({name: items of each search, "downstream": of `probe_topics`}, vectors of "full" as from `embed`).

@@ -32,16 +32,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from common import models  # before anything that loads bitsandbytes: it keeps that quiet
-
-# isort: split
-
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from common import training
+from common import models, training
 from task3_tokenizer import embeddings, task, windows
 
 
@@ -121,7 +117,7 @@ PROFILES = {
 }
 
 
-# ---------------------------------------------------------------------------------- stages and arms
+# ----------------------------------------------------------------------------------------- stages and arms
 
 class Stage(NamedTuple):
     """What a stage trains: the arm's rows; the whole matrices, if they have a rate; and LoRA on `layers`."""
@@ -158,7 +154,7 @@ def arms(lexicon: task.Lexicon) -> list[Arm]:
             Arm("control", lexicon.old, {}, sorted(pieces))]
 
 
-# ---------------------------------------------------------------------------------- one stage
+# ----------------------------------------------------------------------------------------------- one stage
 
 def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
     """The model before training: untied unless cfg.tied, resized to the tokenizer, new rows initialised.
@@ -266,7 +262,7 @@ def save(cfg, arm: Arm, target: Path, model, dev: list[dict]) -> dict:
     return {"dev_bits_per_byte": bits}
 
 
-# ---------------------------------------------------------------------------------- all stages
+# ---------------------------------------------------------------------------------------------- all stages
 
 def train(cfg, arm: Arm, folder: Path, rows: list[dict], dev: list[dict], made_from: str,
           log) -> Iterator[tuple[str, dict]]:

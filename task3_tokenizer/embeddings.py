@@ -27,7 +27,7 @@ def untie(model) -> None:
     model.all_tied_weights_keys = {}  # transformers 5 leaves these out of a checkpoint, as copies
 
 
-# ---------------------------------------------------------------------------------- first values
+# -------------------------------------------------------------------------------------------- first values
 
 def initial(matrix: torch.Tensor, pieces: list[list[int]], method: str, side: str,
             seed: int = 0) -> torch.Tensor:
@@ -74,7 +74,7 @@ def initialise(model, pieces_of: dict[int, list[int]], method: str, seed: int) -
         head.bias[list(pieces_of)] = means.to(head.bias)
 
 
-# ---------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------ training
 
 def matrix_and_rows(weight: torch.Tensor, ids: list[int], whole: bool) -> tuple[torch.Tensor, nn.Parameter]:
     """(the matrix, a parameter in fp32 if `whole`, else a buffer; its rows `ids` as a parameter in fp32)"""
@@ -155,7 +155,7 @@ def write_rows(model, ids: list[int], rows: list[torch.Tensor], matrices: list[t
         layer.weight[where] = values.to(layer.weight)
 
 
-# ---------------------------------------------------------------------------------- cosines
+# ------------------------------------------------------------------------------------------------- cosines
 
 def centred(matrix: torch.Tensor) -> torch.Tensor:
     """Rows (vocabulary, hidden) in fp32 minus their mean, at unit length: a product of two is their centred

@@ -15,15 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from common import models  # before anything that loads bitsandbytes: it keeps that quiet
-
-# isort: split
-
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchEncoding
 
-from common import corpus, results, stats
+from common import corpus, models, results, stats
 from common.stats import Metric
 from task3_tokenizer import vocabulary
 
@@ -90,7 +86,7 @@ METRICS = [
 ]
 
 
-# ---------------------------------------------------------------------------------- texts
+# --------------------------------------------------------------------------------------------------- texts
 
 def documents(cfg: Config) -> list[dict]:
     """{"text", "split" (train, dev or test)} without exact repeats; each text is one line that starts with a
@@ -150,7 +146,7 @@ def lexicon(run) -> Lexicon:
     return Lexicon(stored["terms"], old, new, added, vocabulary.pieces_of(added, old.get_vocab()), ids)
 
 
-# ---------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------------------------------------- scores
 
 def encode(tokenizer, row: dict, term_tokenizer=None) -> tuple[list[int], tuple[int, int] | None]:
     """(ids, (first, end) of the term's tokens among them); None if the row has no term, or if a token reaches
@@ -242,7 +238,7 @@ def delta_rows(table: str, name: str, before: list[dict], after: list[dict], **m
     return rows
 
 
-# ---------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------- writing
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ BEFORE, AFTER = 110, 60
 JACCARD = 0.5
 
 
-# ---------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------------- drawing
 
 def places(text: str, term: str) -> list[int]:
     """Where `term` stands in `text` as a word of its own after a space."""
@@ -65,7 +65,7 @@ def distinct(earlier: list[dict], rows: list[dict], key: str, most: int) -> list
     return kept
 
 
-# ---------------------------------------------------------------------------------- order of training
+# --------------------------------------------------------------------------------------- order of training
 
 def by_term(rows: list[dict]) -> list[list[dict]]:
     """The windows of each term."""

@@ -72,7 +72,7 @@ def test_deduplicate_keeps_the_first_and_drops_a_summary_that_the_code_repeats()
                       "summary_in_code": 1, "kept": 1}
 
 
-# ------------------------------------------------------------------------------------------------- own data
+# ------------------------------------------------------------------------------------------------ own data
 
 COLUMNS = (("prompt", "completion"), ("text",))
 ROWS = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(3)]

@@ -98,7 +98,7 @@ def randomised(cfg):
 SOME = task.retrieval(rows(6))
 
 
-# ------------------------------------------------------------------------------------------ plain model
+# --------------------------------------------------------------------------------------------- plain model
 
 def plain(name, folder, texts, prompt):
     """Unit vectors by transformers alone: hidden states of prompt + text, pooled and normalised by hand."""
@@ -172,7 +172,7 @@ def test_a_model_whose_default_prompt_was_for_passages_opens_again(folders, tmp_
     assert SentenceTransformer(str(tmp_path / "again"), device="cpu").prompts["document"] == "passage: "
 
 
-# ------------------------------------------------------------------------------------------ model and adapter
+# --------------------------------------------------------------------------------------- model and adapter
 
 class Stop(Exception):
     """Raised by a test that has seen what it wants."""
@@ -260,7 +260,7 @@ def test_what_is_saved_names_its_base_and_no_place_on_this_machine(name, folders
     assert (tmp_path / "adapter" / "tokenizer.json").exists()
 
 
-# ------------------------------------------------------------------------------------------ memory
+# -------------------------------------------------------------------------------------------------- memory
 
 def test_fewer_rows_at_once_have_the_same_loss_and_gradients(folders):
     model = randomised(config(folders["BERT with prompts"])).train()
@@ -307,7 +307,7 @@ def test_as_many_rows_are_computed_at_once_as_fit(folders, monkeypatch):
     assert chosen(memory_gib=0.001)[0] == 1
 
 
-# ------------------------------------------------------------------------------------------ interrupted
+# --------------------------------------------------------------------------------------------- interrupted
 
 @pytest.fixture(scope="module")
 def uninterrupted(folders, tmp_path_factory):

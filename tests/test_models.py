@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from common import models, results
 
-# ------------------------------------------------------------------------------------------------- gradients
+# ----------------------------------------------------------------------------------------------- gradients
 
 def lora_gradients(model, evaluate_first: bool):
     ids = torch.arange(3, 35)[None]
@@ -60,7 +60,7 @@ def test_without_the_guard_an_evaluation_corrupts_gradients(quantised):
     assert len(off) > len(right) / 2
 
 
-# ------------------------------------------------------------------------------------------- number formats
+# ------------------------------------------------------------------------------------------ number formats
 
 @pytest.mark.parametrize(("kind", "capability", "expected"), [
     ("cuda", True, "bf16"), ("cuda", False, "fp16"), ("mps", True, "bf16"), ("mps", False, "fp32"),
@@ -101,7 +101,7 @@ def test_four_bits_are_never_loaded_by_an_unsaid_rule(tiny_model_folder):
         assert (state.nested, state.quant_type, state.dtype) == (choice, "nf4", torch.float32)
 
 
-# ----------------------------------------------------------------------------------------------- layers, size
+# -------------------------------------------------------------------------------------------- layers, size
 
 def test_size_counts_parameters_not_packed_bytes(tiny_model_folder):
     """2 layers x (64x64 q + 2 x 32x64 kv + 64x64 o + 3 x 64x128 MLP) = 73,728 linear weights at about 4.1
@@ -129,7 +129,7 @@ def test_lora_targets(tiny_model):
     assert models.lora_targets(nested, "all-linear") == ["0.0"]  # "0" alone would name the block as well
 
 
-# --------------------------------------------------------------------------------------- where they come from
+# ------------------------------------------------------------------------------------ where they come from
 
 def test_a_widened_model_computes_the_same_function(tiny_model_folder, tmp_path):
     """Logits of HyperCloning x2 equal the source's in fp32, to 1e-5 of the largest."""

@@ -168,7 +168,7 @@ def test_ablation_rows_take_the_other_ways(repo, own, whole):
     assert not [path for path in (whole / "ablations").iterdir() if path.is_dir()]
 
 
-# ---------------------------------------------------------------------------------- user errors
+# --------------------------------------------------------------------------------------------- user errors
 
 
 class FakeRun:

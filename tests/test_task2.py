@@ -17,7 +17,7 @@ data = import_module("task2_encoder.01_data")
 VALUE = {metric.name: metric.top for metric in task.METRICS}
 
 
-# ------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------------- metrics
 
 def item_of(ranked, relevant):
     search = task.Retrieval({"q": ""}, dict.fromkeys(ranked, ""), {"q": relevant})
@@ -120,7 +120,7 @@ def test_own_name_is_masked_everywhere_in_its_function():
     assert masked == "def f(n):\n    return 1 + f(n.left) if n else in_depth"
 
 
-# ------------------------------------------------------------------------------------------ groups and gates
+# ---------------------------------------------------------------------------------------- groups and gates
 
 def pairs_of(*texts):
     return [{"id": f"r{i}", "anchor": anchor, "positive": positive, "split": "train", "name": f"m.f{i}",
@@ -222,7 +222,7 @@ def test_bad_pairs_are_reported_in_one_line(tmp_path, pairs, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------ topics
+# -------------------------------------------------------------------------------------------------- topics
 
 def test_topics_are_subpackages_with_enough_documents_in_enough_modules():
     names = ["p.big.f"] * 30 + ["p.small.f"] * 29 + ["p.narrow.f"] * 30 + ["p.top"] * 2
@@ -253,7 +253,7 @@ def test_every_topic_is_known_in_every_fold():
     assert probed(vectors, topics, [f"{topic}.m{i // 3 % 5}" for i, topic in enumerate(topics)]) == 1
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------------- batches
 
 def knobs(**changes):
     own = dict(max_steps=30, batch_size=8, bucket=25, same_package=False, seed=0)

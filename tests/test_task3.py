@@ -62,7 +62,7 @@ def loss(model, batch):
     return model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
 
 
-# ---------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------------------------------- rows
 
 def test_first_values_worked_by_hand():
     matrix = torch.tensor([[1.0, 0.0], [3.0, 4.0], [5.0, 8.0]])
@@ -181,7 +181,7 @@ def test_rows_are_written_in_the_order_of_the_ids_given(untied):
     assert learnt[0][:, 0].tolist() == [12, 10, 11] and learnt[1][:, 0].tolist() == [22, 20, 21]
 
 
-# ---------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------------------------------------- scores
 
 def test_a_score_is_that_of_a_plain_forward_pass(untied, extended):
     new, pieces_of = extended
@@ -249,7 +249,7 @@ def test_items_without_a_term_are_left_out_of_what_is_about_terms_and_pairs_are_
             task.delta_rows("minus 03", "AddedToken", ITEMS, other)
 
 
-# ---------------------------------------------------------------------------------- windows and stages
+# -------------------------------------------------------------------------------------- windows and stages
 
 def test_windows_are_whole_words_around_the_use():
     text = " " + " ".join(f"word{i}" for i in range(60))
@@ -340,7 +340,7 @@ def test_a_model_with_its_own_head_cannot_be_tied(init, arm, tmp_path):
         training.save_untrained(config(model=str(init), tied=True), arm, tmp_path, WINDOWS)
 
 
-# ---------------------------------------------------------------------------------- cosines
+# ------------------------------------------------------------------------------------------------- cosines
 
 def test_cosines_and_neighbours_of_a_matrix_made_by_hand(tokenizer):
     matrix = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1],
