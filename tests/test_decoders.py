@@ -1,8 +1,6 @@
 """Task 1 with other decoders than Llama's: what is measured and trained is what the model itself computes, in every step."""
 
 import json
-from types import SimpleNamespace
-
 import jinja2
 import psutil
 import pytest
@@ -11,9 +9,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
-import common.memory
-from common import models
-from task1_decoder import harness, memory, task, training
+from common import models, training
+from task1_decoder import harness, memory, task
 from tests.conftest import step
 from tests.decoders import DECODERS, save_decoder, with_tokenizer, write_rows
 
@@ -35,15 +32,14 @@ def plain(folder):
 def test_what_is_measured_is_what_the_plain_model_computes(name, tokenizer, tmp_path):
     folder = save_decoder(name, tokenizer, tmp_path / "model")
     tokenizer, model, other = models.load_tokenizer(str(folder)), models.load_decoder(str(folder), "fp32"), plain(folder)
-    prompt = task.Prompt(tokenizer, CFG)
-    examples = [task.encode(prompt, row, CFG) for row in ROWS]
+    prompt, examples = task.Prompt(tokenizer, CFG), task.encode(tokenizer, ROWS, CFG)
     items = task.score(model, tokenizer, ROWS, CFG, trained=set())
     nats = []
     for row, example, item in zip(ROWS, examples, items):
-        asked = sum(label == -100 for label in example["labels"])
+        asked, answer = len(example["prompt"]), torch.tensor(example["answer"])
         with torch.no_grad():
-            logprobs = other(torch.tensor([example["input_ids"]])).logits[0].double().log_softmax(-1)
-        nats.append(-sum(logprobs[i - 1, label].item() for i, label in enumerate(example["labels"]) if label != -100))
+            logits = other(torch.tensor([example["prompt"] + example["answer"]])).logits[0, asked - 1:-1].double()
+        nats.append(torch.nn.functional.cross_entropy(logits, answer, reduction="sum").item())
         assert item["nats"] == pytest.approx(nats[-1], rel=1e-4)
         written = other.generate(torch.tensor([prompt(row["prompt"])]), do_sample=False, max_new_tokens=CFG.max_new_tokens,
                                  eos_token_id=[prompt.end, tokenizer.eos_token_id], pad_token_id=0)[0, asked:].tolist()
@@ -75,7 +71,8 @@ def test_all_steps_run(name, tokenizer, repo, tmp_path):
     assert {layer.rsplit(".", 1)[-1] for layer in linear} == {layer.rsplit(".", 1)[-1] for layer in adapter["target_modules"]}
     trained = next(r["value"] for r in results["03_train"]["rows"] if r["metric"] == "trainable_parameters")
     assert trained == sum(16 * sum(shape) for shape in linear.values())
-    assert {r["model"] for r in results["04_eval"]["rows"] if r["table"] == "headline"} == {"base", "tuned", "delta"}
+    rows = results["04_eval"]["rows"]
+    assert {"base", "tuned", "delta"} <= {r["name"] for r in rows if r["table"] == "heldout"}
 
 
 def test_bos_and_a_separator_stand_where_there_is_no_template(tokenizer):
@@ -111,7 +108,7 @@ def test_a_template_without_system_role_gets_the_instruction_in_the_first_questi
         "<file_sep>user: Answer the question.\n\nName a fruit.<reponame>\n<file_sep>assistant: Apple.<reponame>\n"
         "<file_sep>user: Name a colour.<reponame>\n<file_sep>assistant: ")
     assert prompt.end == gemma.convert_tokens_to_ids("<reponame>") != gemma.eos_token_id
-    assert task.encode(prompt, ROWS[0], CFG)["labels"][-1] == prompt.end
+    assert prompt.encode(ROWS[0])["answer"][-1] == prompt.end
     silent = gemma.chat_template.replace("{{ raise_exception('no system role here') }}", "")
     gemma.chat_template = silent.replace("{% for turn in messages %}", "{% for turn in messages if turn.role != 'system' %}")
     assert "Answer the question." in task.Prompt(gemma, CFG).before  # left out without a word, and put in all the same
@@ -133,7 +130,7 @@ def test_a_template_that_hides_the_question_is_refused(tokenizer):
 def test_a_module_that_is_not_there_is_answered_with_those_that_are(tokenizer, tmp_path):
     folder = save_decoder("GPT-NeoX", tokenizer, tmp_path / "model")
     with pytest.raises(SystemExit, match=r"q_proj.*dense, dense_4h_to_h, dense_h_to_4h, query_key_value"):
-        training.targets(plain(folder), SimpleNamespace(model="it", target_modules="q_proj"))
+        models.lora_targets(plain(folder), "q_proj")
 
 
 def test_a_recurrent_model_is_refused(tmp_path, tokenizer):
@@ -166,18 +163,18 @@ def test_memory_is_what_the_tensors_of_a_step_take(tokenizer, tmp_path, monkeypa
     batch = {"input_ids": torch.full((8, 40), 5), "attention_mask": torch.ones(8, 40, dtype=torch.long), "labels": torch.full((8, 11), 5),
              "logits_to_keep": 11}
     row = memory.per_row(model, batch, "fp32")
-    whole = common.memory.saved_bytes(model, lambda: model(**batch).loss, "fp32", len(tokenizer))
+    whole = training.saved_bytes(model, lambda: model(**batch).loss, "fp32", len(tokenizer))
     assert whole["activations"] == pytest.approx(8 * row["activations"] + row["constant"], rel=0.03)
     assert whole["logits"] >= 8 * 10 * 4 * len(tokenizer)
     assert row["inputs"] == 2 * 64 * 40 * 4
     free = {rows: sum(memory.predict(model, row, rows, False)[part] for part in ("adapter_and_optimiser", "activations", "logits"))
             for rows in (8, 2)}
-    limit = common.memory.HEAP * free[8] / common.memory.SPARE / 2**30
+    limit = training.HEAP * free[8] / training.SPARE / 2**30
     resident = psutil.Process().memory_info().rss / 2**30
     assert memory.plan(model, batch, "fp32", 0, "auto", resident + limit + 0.2)[:2] == (8, False)
     one, eight, again = (memory.predict(model, row, rows, checkpointing)["total"] for rows, checkpointing in ((1, False), (8, False), (1, True)))
     for room, expected in ((eight, (8, False)), (one, (1, False)), (again, (1, True))):
-        needed = (room - memory.predict(model, row, 0, False)["resident"]) / common.memory.SPARE + 1
+        needed = (room - memory.predict(model, row, 0, False)["resident"]) / training.SPARE + 1
         monkeypatch.setattr(models, "free_memory", lambda cap_gib, needed=needed: needed)
         assert memory.plan(model, batch, "fp32", 0, "auto", 0)[:2] == expected
     assert memory.plan(model, batch, "fp32", 4, "on", 0)[:2] == (4, True)

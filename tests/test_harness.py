@@ -42,5 +42,5 @@ def test_every_benchmark_runs_on_stock_definitions(tiny_model, tokenizer, tmp_pa
     numpy_state, torch_state = harness.np.random.get_state()[1].copy(), torch.get_rng_state()
     found = harness.evaluate(tiny_model, tokenizer, choice, n=2, batch_size=2)
     assert {name: len(items) for name, items in found.items()} == dict.fromkeys(("arc_easy", "piqa", "hellaswag", "sciq", "docstring_choice"), 2)
-    assert [i["doc_id"] for i in found["hellaswag"]] == harness.sample(10_042, 2)
+    assert [i["id"] for i in found["hellaswag"]] == harness.sample(10_042, 2)
     assert (harness.np.random.get_state()[1] == numpy_state).all() and torch.equal(torch.get_rng_state(), torch_state)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from common import results, trainer
+from common import results, training
 from tests.conftest import environment, one_line, step
 from tests.decoders import write_rows
 from tests.hub_server import Hub
@@ -55,7 +55,7 @@ def test_a_run_killed_after_its_last_step_goes_on(repo, model):
     script = repo / "task1_decoder" / "03_train.py"
     whole = script.read_text()
     try:
-        script.write_text(whole.replace("    trainer.remove(checkpoints)\n", ""))  # dies before it removes them
+        script.write_text(whole.replace("    training.remove(checkpoints)\n", ""))  # dies before it removes them
         assert step(repo, "03_train", "--run", run, *model, *TRAIN).returncode == 0
     finally:
         script.write_text(whole)
@@ -149,41 +149,25 @@ def test_own_text_runs_through_all_four_steps(repo, model):
     for name in ("01_data", "02_baseline", "03_train", "04_eval"):
         assert (done := step(repo, name, *model, *own)).returncode == 0, f"{name}: {done.stderr[-2000:]}"
     rows = json.loads((repo / "results" / "own" / "task1_decoder" / "04_eval.json").read_text())["rows"]
-    assert {r["model"] for r in rows if r["table"] == "headline"} == {"base", "tuned", "delta"}
-    assert all({"lo", "hi", "p", "n"} <= set(r) for r in rows if r["model"] == "delta")
+    assert {"base", "tuned", "delta"} <= {r["name"] for r in rows if r["table"] == "heldout"}
+    assert all({"lo", "hi", "p", "n"} <= set(r) for r in rows if r["name"] == "delta")
 
 
 def test_an_ablation_row_is_a_training_with_one_thing_changed(repo, model):
     own = ["--run", "own", "--data", str(repo / "own.jsonl"), "--set", "instruction=", "max_steps=2", "eval_every=2"]
     assert (done := step(repo, "ablations", *model, *own, "only=bf16 LoRA;rank 4")).returncode == 0, done.stderr[-2000:]
     rows = json.loads((repo / "results" / "own" / "task1_decoder" / "ablations.json").read_text())["rows"]
-    size = {r["model"]: r["value"] for r in rows if r["metric"] == "trainable_parameters"}
+    size = {r["name"]: r["value"] for r in rows if r["metric"] == "trainable_parameters"}
     assert size["bf16 LoRA"] == size["as in 03"] == 4 * size["rank 4"]
-    assert {r["model"] for r in rows if r["table"] == "ablation minus 03"} == {"bf16 LoRA", "rank 4"}
+    assert {r["name"] for r in rows if r["table"] == "ablation minus 03"} == {"bf16 LoRA", "rank 4"}
     one_line(step(repo, "ablations", *model, *own, "only=nothing"), "no row 'nothing'")
 
 
-def test_two_processes_train_what_one_trains(repo, model):
-    """torchrun deals the rows of a step to its processes: the same global batches, so the same losses up to bf16 rounding."""
-    curves, command = {}, {1: [sys.executable], 2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]}
-    for processes, start in command.items():
-        run = f"of{processes}"
-        assert step(repo, "01_data", "--run", run, *model).returncode == 0
-        script = ["task1_decoder/03_train.py", "--profile", "smoke", "--run", run, *model, "--set", "max_steps=8", "log_every=1"]
-        done = subprocess.run([*start, *script], cwd=repo, env=environment(repo) | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                              text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        curves[processes] = {(r["metric"], r["step"]): r["value"] for r in train_rows(repo, run) if r["table"] == "curve"}
-        assert {r["value"] for r in train_rows(repo, run) if r["metric"] == "processes"} == {processes}
-    assert curves[1].keys() == curves[2].keys() and len(curves[1]) > 8
-    assert all(curves[2][key] == pytest.approx(value, abs=0.02) for key, value in curves[1].items()), curves
-
-
-def test_a_batch_that_cannot_be_dealt_is_refused(monkeypatch):
-    monkeypatch.setattr(trainer, "PROCESSES", 2)
-    assert trainer.share(8) == 4
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
+    monkeypatch.setattr(training, "PROCESSES", 2)
+    assert training.per_process(8) == 4
     with pytest.raises(SystemExit, match="batch_size=7"):
-        trainer.share(7)
+        training.per_process(7)
 
 
 def test_own_data_without_an_instruction_is_asked_for_one(repo, model):
