@@ -1,4 +1,5 @@
-"""How much faster is HarnessLM than the HFLM it extends? Same requests, same process, alternating; prints the ratio and the agreement.
+"""How much faster is HarnessLM than the HFLM it extends? Same requests, same process, alternating; prints
+the ratio and the agreement.
 
     python bench/bench_harness.py [items per benchmark, default 20]
 """
@@ -6,7 +7,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 import time
 
@@ -23,19 +24,23 @@ class Stock(harness.HarnessLM):
 
 
 def main(n: int) -> None:
-    tokenizer, model = models.load_tokenizer("embedded-135m"), models.load_decoder("embedded-135m", "nf4", "auto", True)
+    tokenizer = models.load_tokenizer("embedded-135m")
+    model = models.load_decoder("embedded-135m", "nf4", "auto", True)
     choice = results.ROOT / "runs" / "cpu" / "task1_decoder" / "choice.jsonl"
     if not choice.exists():
         raise SystemExit(f"{results.shown(choice)} is missing: make task1")
-    ours, seconds, found = harness.HarnessLM, {}, {}
+    ours, seconds, answers = harness.HarnessLM, {}, {}
     for name, kind in (("warm-up", ours), ("HFLM", Stock), ("HarnessLM", ours)):
         harness.HarnessLM = kind
         started = time.perf_counter()
-        found[name] = harness.evaluate(model, tokenizer, choice, n if name != "warm-up" else 2, batch_size=16)
+        answers[name] = harness.evaluate(
+            model, tokenizer, choice, n if name != "warm-up" else 2, batch_size=16
+        )
         seconds[name] = time.perf_counter() - started
-    flags = [(a["acc"], b["acc"]) for task, items in found["HFLM"].items() for a, b in zip(items, found["HarnessLM"][task])]
-    print(f"items={len(flags)} HFLM={seconds['HFLM']:.1f}s HarnessLM={seconds['HarnessLM']:.1f}s "
-          f"ratio={seconds['HFLM'] / seconds['HarnessLM']:.2f} same_answers={sum(a == b for a, b in flags)}/{len(flags)} "
+    same = [a["acc"] == b["acc"] for task, items in answers["HFLM"].items()
+            for a, b in zip(items, answers["HarnessLM"][task])]
+    print(f"items={len(same)} HFLM={seconds['HFLM']:.1f}s HarnessLM={seconds['HarnessLM']:.1f}s "
+          f"ratio={seconds['HFLM'] / seconds['HarnessLM']:.2f} same_answers={sum(same)}/{len(same)} "
           f"device={results.environment()['device']}")
 
 

@@ -1,8 +1,9 @@
-"""How much faster is stage (a) of task 3 than PEFT's trainable tokens? Same untied model, ids, windows, learning rate, same process.
+"""How much faster is stage (a) of task 3 than PEFT's trainable tokens?
 
-Peer: PEFT's TrainableTokensConfig on both matrices under transformers' own Trainer. Ours: training.fit on embeddings.train_rows, as 03
-calls it (no gradient of the frozen rows, the head on real tokens only). Alternating; prints tokens per second of each, the ratio, and how
-far the losses of the same steps are apart.
+Same untied model, ids, windows and learning rate in the same process. Peer: PEFT's TrainableTokensConfig on
+both matrices under transformers' own loss. Ours: `fit` of 03 on embeddings.train_rows (no gradient of the
+frozen rows, the head on real tokens only). Alternating; prints tokens per second of each, the ratio, and
+how far the losses of the same steps are apart.
 
     python bench/bench_rows.py [steps each time, default 6]
 """
@@ -10,47 +11,64 @@ far the losses of the same steps are apart.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone, whatever else is installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-import json
+import importlib
 from types import SimpleNamespace
 
 from peft import TrainableTokensConfig, get_peft_model
 from transformers import Trainer
 
 from common import models, results
-from task3_tokenizer import embeddings, task, training
+from task3_tokenizer import embeddings, task, windows
+
+script = importlib.import_module("task3_tokenizer.03_train")
+OURS = script.WindowTrainer
 
 
-def once(cfg, source, tokenizer, ids, rows, batch, peer: bool) -> dict:
-    model = models.load_decoder(str(source), models.compute_name(cfg.compute))
+class Stock(Trainer):
+    """The library's loss: logits of every position, padding included."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        labels[:, :self.n_start] = -100
+        return model(**inputs, labels=labels).loss
+
+
+def once(cfg, source, lexicon, rows, peer: bool) -> dict:
+    """Stats of one training from the checkpoint `source`."""
+    model, ids = models.load_decoder(str(source), models.compute_name(cfg.compute)), sorted(lexicon.pieces_of)
     model.config.use_cache = False
     if peer:
-        model = get_peft_model(model, TrainableTokensConfig(target_modules=["embed_tokens", "lm_head"], token_indices=ids))
-        for parameter in (rows_of := [p for p in model.parameters() if p.requires_grad]):
+        tokens = TrainableTokensConfig(target_modules=["embed_tokens", "lm_head"], token_indices=ids)
+        model = get_peft_model(model, tokens)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             parameter.data = parameter.data.float()
     else:
-        rows_of, _ = embeddings.train_rows(model, ids)
-    return training.fit(cfg, model, tokenizer, [(rows_of, cfg.lr_rows)], rows, batch, "bench", lambda **values: None,
-                        Trainer if peer else training.WindowTrainer)
+        trained, _ = embeddings.train_rows(model, ids)
+    script.WindowTrainer = Stock if peer else OURS
+    learn = [{"params": trained, "lr": cfg.lr_rows}]
+    return script.fit(cfg, model, lexicon.new, learn, rows, cfg.batch_size, lambda **values: None, "bench")
 
 
 def main(steps: int) -> None:
     folder = results.ROOT / "runs" / "cpu" / "task3_tokenizer"
-    if not (folder / "new" / "init" / "stage.json").exists():
+    stored = results.read(results.ROOT / "results" / "cpu" / "task3_tokenizer" / "03_train.json")
+    if not (folder / "new" / "init").exists():
         raise SystemExit(f"{results.shown(folder / 'new' / 'init')} is missing: make task3")
-    cfg = SimpleNamespace(**json.loads((results.ROOT / "results/cpu/task3_tokenizer/03_train.json").read_text())["config"] | {"log_every": 1})
-    lexicon = task.lexicon(cfg.model, folder / "terms.json", folder / "tokenizer")
-    rows = training.in_turn(results.read_rows(folder / "train.jsonl"), 0, cfg.batch_size, 10)[:steps * cfg.batch_size]
-    found: dict[str, list[dict]] = {"PEFT": [], "ours": []}
-    for turn in range(2):
-        for name in found:
-            facts = once(cfg, folder / "new" / "init", lexicon.new, sorted(lexicon.splits), rows, cfg.batch_size, name == "PEFT")
+    cfg = results.config_of(script.Config, stored["config"], log_every=1)
+    lexicon = task.lexicon(SimpleNamespace(cfg=cfg, artifact=lambda step, name: folder / name))
+    rows = windows.interleave_terms(results.read_rows(folder / "train.jsonl"), 0, cfg.batch_size)
+    stats: dict[str, list[dict]] = {"PEFT": [], "ours": []}
+    for turn in range(3):
+        for name, done in stats.items():
+            one = once(cfg, folder / "new" / "init", lexicon, rows[:steps * cfg.batch_size], name == "PEFT")
             if turn:  # the first turn warms up
-                found[name].append(facts)
-    speed = {name: sum(f["tokens"] for f in facts) / sum(f["seconds"] for f in facts) for name, facts in found.items()}
-    apart = max(abs(a["value"] - b["value"]) for a, b in zip(found["PEFT"][0]["losses"], found["ours"][0]["losses"]))
-    print(f"steps={steps} tokens/s PEFT={speed['PEFT']:.0f} ours={speed['ours']:.0f} ratio={speed['ours'] / speed['PEFT']:.2f} "
+                done.append(one)
+    peer, ours = (sum(s["tokens"] for s in done) / sum(s["seconds"] for s in done) for done in stats.values())
+    apart = max(abs(a["value"] - b["value"]) for a, b in zip(*(done[0]["losses"] for done in stats.values())))
+    print(f"steps={steps} tokens/s PEFT={peer:.0f} ours={ours:.0f} ratio={ours / peer:.2f} "
           f"largest_loss_difference={apart:.3f} device={results.environment()['device']}")
 
 

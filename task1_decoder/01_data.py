@@ -14,9 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(
-        __file__, __doc__
-    )  # reports a wrong one before the seconds that the next imports take
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import random
 from dataclasses import dataclass

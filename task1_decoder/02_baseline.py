@@ -16,23 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(
-        __file__, __doc__
-    )  # reports a wrong one before the seconds that the next imports take
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
-from dataclasses import dataclass
 
 from common import models, stats
 from task1_decoder import task
-
-
-@dataclass(frozen=True)
-class Config(task.Config):
-    """Nothing of its own: a baseline has nothing to choose."""
-
-
-PROFILES = {"smoke": dict(), "cpu": dict(), "gpu": dict()}
 
 
 def main(run):
@@ -67,4 +56,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    results.start(main, task.Config, task.PROFILES)

@@ -8,7 +8,7 @@ Needs   about 60 s and 1.5 GB the first time, 40 s with the parsed corpus cached
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's modules, not another's
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 

@@ -10,7 +10,7 @@ Needs   about 2 min and 2 GB on 2 cores
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's modules, not another's
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 
@@ -18,18 +18,9 @@ if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
-from dataclasses import dataclass
 
 from common import models
 from task2_encoder import task
-
-
-@dataclass(frozen=True)
-class Config(task.Config):
-    """Nothing of its own: a baseline has nothing to choose."""
-
-
-PROFILES = {"smoke": dict(), "cpu": dict(), "gpu": dict()}
 
 
 def main(run):
@@ -61,4 +52,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    results.start(main, task.Config, task.PROFILES)

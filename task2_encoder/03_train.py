@@ -13,7 +13,7 @@ trains the same: without bf16 the losses of one and two processes agree to 1e-6 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's modules, not another's
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 

@@ -13,7 +13,7 @@ Needs   about 2.5 min a row, 27 min in all, and 4 GB on 2 cores
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's modules, not another's
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 

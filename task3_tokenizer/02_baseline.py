@@ -9,12 +9,12 @@ Needs   about 1 min and 2 GB on 2 cores
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the seconds that the next imports take
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
 import re
@@ -22,7 +22,6 @@ import re
 from common import models
 from task3_tokenizer import task, vocabulary
 
-PROFILES = {"smoke": dict(), "cpu": dict(), "gpu": dict()}
 # Test sentences of ours: line breaks, several spaces, Cyrillic, emoji and code, with {} for a term.
 FRAMES = ("The {} of it.", "see\n\n  {}, or ({}) and\t{}!", "Сегодня {} 😀 и ещё {}", "x{}x {}s my{} {}-like",
           "def f({}):\n    return {}  # ünï")
@@ -84,4 +83,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, task.Config, task.PROFILES, PROFILES)
+    results.start(main, task.Config, task.PROFILES)

@@ -15,12 +15,12 @@ Needs   about 7 min and 11 GB on 2 cores, 3 GB of disk. Interrupted, the same co
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the seconds that the next imports take
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import gc
 import math

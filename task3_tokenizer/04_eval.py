@@ -12,12 +12,12 @@ Needs   about 4 min and 8 GB on 2 cores
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's own modules first
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
 from common import results
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the seconds that the next imports take
+    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import gc
 import itertools

@@ -1,4 +1,6 @@
-"""The numbered scripts as a user runs them: resume after a kill, own data, and one line for every user error."""
+"""The numbered scripts as a user runs them: resume after a kill, own data, and one line for every user
+error.
+"""
 
 import json
 import shutil
@@ -32,30 +34,54 @@ def test_killed_and_resumed_training_equals_uninterrupted(repo, model):
     assert (done := step(repo, "03_train", "--run", "whole", *model, *TRAIN)).returncode == 0, done.stderr
 
     folder = repo / "runs" / "killed" / "task1_decoder"
-    command = [sys.executable, "task1_decoder/03_train.py", "--profile", "smoke", "--run", "killed", *model, *TRAIN]
-    child = subprocess.Popen(command, cwd=repo, env=environment(repo), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "task1_decoder/03_train.py",
+        "--profile",
+        "smoke",
+        "--run",
+        "killed",
+        *model,
+        *TRAIN,
+    ]
+    child = subprocess.Popen(
+        command, cwd=repo, env=environment(repo), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while not (folder / "checkpoints" / "checkpoint-6" / "trainer_state.json").exists():
         assert child.poll() is None and time.time() < deadline
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert not (repo / "results" / "killed" / "task1_decoder" / "03_train.json").exists() and not (folder / "adapter").exists()
+    assert (
+        not (repo / "results" / "killed" / "task1_decoder" / "03_train.json").exists()
+        and not (folder / "adapter").exists()
+    )
 
     assert (done := step(repo, "03_train", "--run", "killed", *model, *TRAIN)).returncode == 0, done.stderr
-    whole, resumed = ([(r["metric"], r["step"], pytest.approx(r["value"], abs=1e-4)) for r in train_rows(repo, run) if r["table"] == "curve"]
-                      for run in ("whole", "killed"))
+    whole, resumed = (
+        [
+            (r["metric"], r["step"], pytest.approx(r["value"], abs=1e-4))
+            for r in train_rows(repo, run)
+            if r["table"] == "curve"
+        ]
+        for run in ("whole", "killed")
+    )
     assert whole == [(m, s, v.expected) for m, s, v in resumed] and len(whole) > 10
 
 
 def test_a_run_killed_after_its_last_step_goes_on(repo, model):
-    """All steps are made and nothing is stored yet: the repeated command makes no step, and stores the same adapter and curve."""
+    """All steps are made and nothing is stored yet: the repeated command makes no step, and stores the same
+    adapter and curve.
+    """
     run, folder = "last", repo / "runs" / "last" / "task1_decoder"
     assert step(repo, "01_data", "--run", run, *model).returncode == 0
     script = repo / "task1_decoder" / "03_train.py"
     whole = script.read_text()
     try:
-        script.write_text(whole.replace("    training.remove(checkpoints)\n", ""))  # dies before it removes them
+        script.write_text(
+            whole.replace("    training.remove(checkpoints)\n", "")
+        )  # dies before it removes them
         assert step(repo, "03_train", "--run", run, *model, *TRAIN).returncode == 0
     finally:
         script.write_text(whole)
@@ -65,7 +91,9 @@ def test_a_run_killed_after_its_last_step_goes_on(repo, model):
     done = step(repo, "03_train", "--run", run, *model, *TRAIN)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 24" in done.stdout
-    assert [r for r in train_rows(repo, run) if r["table"] == "curve"] == [r for r in first if r["table"] == "curve"]
+    assert [r for r in train_rows(repo, run) if r["table"] == "curve"] == [
+        r for r in first if r["table"] == "curve"
+    ]
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     assert not (folder / "checkpoints").exists()
 
@@ -85,8 +113,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 base, adapter = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(adapter)
-ids = tokenizer.apply_chat_template([{"role": "user", "content": "def f(x): return x"}], add_generation_prompt=True, return_tensors="pt",
-                                    return_dict=True).input_ids
+turns = [{"role": "user", "content": "def f(x): return x"}]
+ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 plain = model(ids).logits
 tuned = PeftModel.from_pretrained(model, adapter)(ids).logits
@@ -96,55 +124,101 @@ print((tuned - plain).abs().max().item())
 
 
 def test_an_adapter_opens_where_this_repository_is_not(repo, tiny_model_folder, tmp_path):
-    """Copied elsewhere: plain peft opens it once the base is given, the tokenizer lies beside it, and no file names a folder of this machine."""
+    """Copied elsewhere: plain peft opens it once the base is given, the tokenizer lies beside it, and no
+    file names a folder of this machine.
+    """
     shutil.copytree(repo / "runs" / "whole" / "task1_decoder" / "adapter", tmp_path / "adapter")
-    done = subprocess.run([sys.executable, "-c", OPEN_ELSEWHERE, str(tiny_model_folder), str(tmp_path / "adapter")], cwd=tmp_path,
-                          env={k: v for k, v in environment(repo).items() if k != "PYTHONPATH"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_ELSEWHERE, str(tiny_model_folder), str(tmp_path / "adapter")],
+        cwd=tmp_path,
+        env={k: v for k, v in environment(repo).items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) > 0
 
 
 def test_what_an_embedded_model_leaves_names_no_folder_of_this_machine(repo):
     for name in ("01_data", "03_train"):
-        assert (done := step(repo, name, "--run", "named", "--set", "max_steps=2", "eval_every=2")).returncode == 0, done.stderr[-2000:]
+        assert (
+            done := step(repo, name, "--run", "named", "--set", "max_steps=2", "eval_every=2")
+        ).returncode == 0, done.stderr[-2000:]
     adapter = repo / "runs" / "named" / "task1_decoder" / "adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("embedded-135m", None)
     for file in adapter.iterdir():
-        assert file.suffix == ".safetensors" or not any(str(place) in file.read_text(encoding="utf-8") for place in (repo, results.ROOT)), file
+        assert file.suffix == ".safetensors" or not any(
+            str(place) in file.read_text(encoding="utf-8") for place in (repo, results.ROOT)
+        ), file
 
 
 def test_a_model_of_a_hub_runs_from_an_empty_cache_and_offline(repo, tiny_model_folder, tmp_path):
-    """01 loads a tokenizer only, which used to leave a partial snapshot that 02 took for whole. Adapter and results name hub id and commit."""
+    """01 loads a tokenizer only, which used to leave a partial snapshot that 02 took for whole. Adapter and
+    results name hub id and commit.
+    """
     (tmp_path / "rows").mkdir()
     write_rows(tmp_path / "rows" / "train.jsonl")
     with Hub(models={"someone/tiny": tiny_model_folder}, datasets={"someone/rows": tmp_path / "rows"}) as url:
         environ = environment(repo) | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache")}
-        arguments = ["--profile", "smoke", "--run", "hub", "--model", "someone/tiny", "--data", "someone/rows", "--set", "instruction=",
-                     "max_steps=2", "eval_every=2"]
+        arguments = [
+            "--profile",
+            "smoke",
+            "--run",
+            "hub",
+            "--model",
+            "someone/tiny",
+            "--data",
+            "someone/rows",
+            "--set",
+            "instruction=",
+            "max_steps=2",
+            "eval_every=2",
+        ]
 
         def run(name, **more):
-            return subprocess.run([sys.executable, f"task1_decoder/{name}.py", *arguments], cwd=repo, env=environ | more, capture_output=True,
-                                  text=True, timeout=300, check=False)
+            return subprocess.run(
+                [sys.executable, f"task1_decoder/{name}.py", *arguments],
+                cwd=repo,
+                env=environ | more,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+
         for name in ("01_data", "02_baseline"):
             assert (done := run(name)).returncode == 0, done.stderr[-2000:]
     for name in ("03_train", "04_eval"):  # the hub is gone
         assert (done := run(name, HF_HUB_OFFLINE="1")).returncode == 0, done.stderr[-2000:]
-    stored = [json.loads((repo / "results" / "hub" / "task1_decoder" / f"{name}.json").read_text()) for name in ("01_data", "04_eval")]
+    stored = [
+        json.loads((repo / "results" / "hub" / "task1_decoder" / f"{name}.json").read_text())
+        for name in ("01_data", "04_eval")
+    ]
     commit = stored[0]["inputs"]["hub:model:someone/tiny"]
     assert len(stored[0]["inputs"]["hub:dataset:someone/rows"]) == 40
     assert len(commit) == 40 and stored[1]["inputs"]["hub:model:someone/tiny"] == commit
-    config = json.loads((repo / "runs" / "hub" / "task1_decoder" / "adapter" / "adapter_config.json").read_text())
+    config = json.loads(
+        (repo / "runs" / "hub" / "task1_decoder" / "adapter" / "adapter_config.json").read_text()
+    )
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny", commit)
     for folder in ("adapter", "merged"):
         for file in (repo / "runs" / "hub" / "task1_decoder" / folder).iterdir():
-            assert file.suffix == ".safetensors" or str(tmp_path) not in file.read_text(encoding="utf-8"), file
+            assert file.suffix == ".safetensors" or str(tmp_path) not in file.read_text(encoding="utf-8"), (
+                file
+            )
 
 
 def test_own_text_runs_through_all_four_steps(repo, model):
     data = repo / "own.jsonl"
     words = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
-    data.write_text("".join(json.dumps({"text": " ".join(f"{words[(i * k) % 10]}{i}" for k in range(1, 13))}) + "\n" for i in range(80)))
+    data.write_text(
+        "".join(
+            json.dumps({"text": " ".join(f"{words[(i * k) % 10]}{i}" for k in range(1, 13))}) + "\n"
+            for i in range(80)
+        )
+    )
     own = ["--run", "own", "--data", str(data), "--set", "instruction=", "max_steps=2", "eval_every=2"]
     for name in ("01_data", "02_baseline", "03_train", "04_eval"):
         assert (done := step(repo, name, *model, *own)).returncode == 0, f"{name}: {done.stderr[-2000:]}"
@@ -154,8 +228,19 @@ def test_own_text_runs_through_all_four_steps(repo, model):
 
 
 def test_an_ablation_row_is_a_training_with_one_thing_changed(repo, model):
-    own = ["--run", "own", "--data", str(repo / "own.jsonl"), "--set", "instruction=", "max_steps=2", "eval_every=2"]
-    assert (done := step(repo, "ablations", *model, *own, "only=bf16 LoRA;rank 4")).returncode == 0, done.stderr[-2000:]
+    own = [
+        "--run",
+        "own",
+        "--data",
+        str(repo / "own.jsonl"),
+        "--set",
+        "instruction=",
+        "max_steps=2",
+        "eval_every=2",
+    ]
+    assert (done := step(repo, "ablations", *model, *own, "only=bf16 LoRA;rank 4")).returncode == 0, (
+        done.stderr[-2000:]
+    )
     rows = json.loads((repo / "results" / "own" / "task1_decoder" / "ablations.json").read_text())["rows"]
     size = {r["name"]: r["value"] for r in rows if r["metric"] == "trainable_parameters"}
     assert size["bf16 LoRA"] == size["as in 03"] == 4 * size["rank 4"]
@@ -174,12 +259,25 @@ def test_own_data_without_an_instruction_is_asked_for_one(repo, model):
     one_line(step(repo, "01_data", "--run", "x", "--data", "whatever.jsonl", *model), "instruction")
 
 
-@pytest.mark.parametrize(("name", "arguments", "words"), [
-    ("01_data", ["--profile", "big"], ["unknown profile 'big'"]), ("03_train", ["--set", "lora_rank=8"], ["unknown knob 'lora_rank'", "lora_r"]),
-    ("01_data", ["--run", "y", "--data", "nowhere.csv", "--set", "instruction="], ["DATA=nowhere.csv", "no such file"]),
-    ("02_baseline", ["--run", "never"], ["results/never/task1_decoder/01_data.json is missing", "make task1"]),
-    ("01_data", ["--run", "z", "--model", "some/model"], ["MODEL=some/model", "embedded-135m"]),
-    ("01_data", ["--run", "z", "--data", "some/data", "--set", "instruction="], ["DATA=some/data"])])
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("01_data", ["--profile", "big"], ["unknown profile 'big'"]),
+        ("03_train", ["--set", "lora_rank=8"], ["unknown knob 'lora_rank'", "lora_r"]),
+        (
+            "01_data",
+            ["--run", "y", "--data", "nowhere.csv", "--set", "instruction="],
+            ["DATA=nowhere.csv", "no such file"],
+        ),
+        (
+            "02_baseline",
+            ["--run", "never"],
+            ["results/never/task1_decoder/01_data.json is missing", "make task1"],
+        ),
+        ("01_data", ["--run", "z", "--model", "some/model"], ["MODEL=some/model", "embedded-135m"]),
+        ("01_data", ["--run", "z", "--data", "some/data", "--set", "instruction="], ["DATA=some/data"]),
+    ],
+)
 def test_user_errors_are_one_line_and_write_nothing(repo, name, arguments, words):
     started = time.time()
     one_line(step(repo, name, *arguments), *words)
@@ -189,13 +287,23 @@ def test_user_errors_are_one_line_and_write_nothing(repo, name, arguments, words
 
 def test_steps_that_disagree_on_a_shared_knob_are_refused(repo, model):
     assert step(repo, "01_data", "--run", "shared", *model).returncode == 0
-    one_line(step(repo, "02_baseline", "--run", "shared", *model, "--set", "max_prompt_tokens=50"), "max_prompt_tokens=80", "50")
+    one_line(
+        step(repo, "02_baseline", "--run", "shared", *model, "--set", "max_prompt_tokens=50"),
+        "max_prompt_tokens=80",
+        "50",
+    )
 
 
 def test_interrupt_is_one_line(repo, model):
-    child = subprocess.Popen([sys.executable, "task1_decoder/02_baseline.py", "--profile", "smoke", "--run", "shared", *model], cwd=repo,
-                             env=environment(repo), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
+    child = subprocess.Popen(
+        [sys.executable, "task1_decoder/02_baseline.py", "--profile", "smoke", "--run", "shared", *model],
+        cwd=repo,
+        env=environment(repo),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # a job in the background ignores it
     assert "02_baseline" in child.stdout.readline()
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)

@@ -163,7 +163,8 @@ def test_ablation_rows_take_the_other_ways(repo, own, whole):
     assert set(curve) == {0, 2} and curve[0]["windows_per_term"] == 0 and curve[2]["windows_per_term"] == 2
     seeds = {(r["name"], r["seed"]): r["value"] for r in rows
              if (r["table"], r.get("kind"), r["metric"]) == ("seeds", "term windows", "bits_per_byte")}
-    assert list(seeds) == [(name, seed) for seed in (0, 1) for name in ("new", "control", "new minus control")]
+    names = ("new", "control", "new minus control")
+    assert list(seeds) == [(name, seed) for seed in (0, 1) for name in names]
     assert seeds["new", 0] != seeds["new", 1]
     assert not [path for path in (whole / "ablations").iterdir() if path.is_dir()]
 

@@ -13,8 +13,14 @@ from task1_decoder import basket, scoring, task
 
 CFG = task.Config()
 ROW = {"id": "a", "prompt": task.SHOTS[2][0], "completion": task.SHOTS[2][1]}
-LONG = {"id": "b", "prompt": "def f(x):\n" + "    x = x + 1\n" * 200, "completion": "Add one to x two hundred times."}
-data, train, evaluate = (importlib.import_module(f"task1_decoder.{name}") for name in ("01_data", "03_train", "04_eval"))
+LONG = {
+    "id": "b",
+    "prompt": "def f(x):\n" + "    x = x + 1\n" * 200,
+    "completion": "Add one to x two hundred times.",
+}
+data, train, evaluate = (
+    importlib.import_module(f"task1_decoder.{name}") for name in ("01_data", "03_train", "04_eval")
+)
 
 
 def silent(**values):
@@ -51,7 +57,9 @@ def test_labels_are_exactly_the_answers_though_padding_differs_in_length(tokeniz
     examples = task.encode(tokenizer, [ROW, LONG], CFG)
     batch = task.collate(examples, tokenizer.pad_token_id)
     assert batch["labels"].shape == (2, batch["logits_to_keep"])
-    for example, labels, ids, mask in zip(examples, batch["labels"], batch["input_ids"], batch["attention_mask"]):
+    for example, labels, ids, mask in zip(
+        examples, batch["labels"], batch["input_ids"], batch["attention_mask"]
+    ):
         assert labels[labels != -100].tolist() == example["answer"]
         assert ids[mask == 1].tolist() == example["prompt"] + example["answer"]
 
@@ -62,7 +70,7 @@ def test_nll_equals_the_sum_computed_row_by_row(tiny_model, tokenizer):
     for example, item in zip(task.encode(tokenizer, rows, CFG), scored(tiny_model, tokenizer, rows, 3)):
         ids, answer = torch.tensor([example["prompt"] + example["answer"]]), torch.tensor(example["answer"])
         with torch.no_grad():
-            logits = tiny_model(ids).logits[0, len(example["prompt"]) - 1:-1].float()
+            logits = tiny_model(ids).logits[0, len(example["prompt"]) - 1 : -1].float()
         nats = torch.nn.functional.cross_entropy(logits, answer, reduction="sum").item()
         assert item["nats"] == pytest.approx(nats, rel=1e-4)
         assert item["tokens"] == len(answer) and item["correct"] == (logits.argmax(1) == answer).sum()
@@ -77,29 +85,57 @@ def test_training_loss_equals_nll(tiny_model, tokenizer):
 
 
 def test_rows_of_a_batch_in_several_passes_train_the_same(tiny_model_folder, tokenizer, tmp_path):
-    """Accumulation weights every token alike: losses of 8 rows at once, in passes of 2, and checkpointed agree."""
-    rows = [{"id": str(i), "prompt": f"def f{i}(x):\n    return x + {i}",
-             "completion": f"Add {i} to x." + " And say so." * (i % 3)} for i in range(24)]
+    """Accumulation weights every token alike: losses of 8 rows at once, in passes of 2, and checkpointed
+    agree.
+    """
+    rows = [
+        {
+            "id": str(i),
+            "prompt": f"def f{i}(x):\n    return x + {i}",
+            "completion": f"Add {i} to x." + " And say so." * (i % 3),
+        }
+        for i in range(24)
+    ]
     curves = []
     for number, (rows_per_pass, checkpointing) in enumerate(((8, "off"), (2, "off"), (4, "on"))):
-        cfg = train.Config(model=str(tiny_model_folder), precision="fp32", compute="fp32", max_steps=3, batch_size=8,
-                           eval_every=3, log_every=1, rows_per_pass=rows_per_pass,
-                           gradient_checkpointing=checkpointing)
+        cfg = train.Config(
+            model=str(tiny_model_folder),
+            precision="fp32",
+            compute="fp32",
+            max_steps=3,
+            batch_size=8,
+            eval_every=3,
+            log_every=1,
+            rows_per_pass=rows_per_pass,
+            gradient_checkpointing=checkpointing,
+        )
         _, trained, history = train.train(cfg, rows, rows[:4], tmp_path / str(number), "", silent)
         curves.append([h[key] for h in history for key in ("loss", "eval_loss") if key in h])
-        assert (trained["rows_per_pass"], trained["gradient_checkpointing"]) == (rows_per_pass, checkpointing == "on")
+        assert (trained["rows_per_pass"], trained["gradient_checkpointing"]) == (
+            rows_per_pass,
+            checkpointing == "on",
+        )
     assert len(curves[0]) == 5
     assert curves[1] == pytest.approx(curves[0], rel=1e-4) and curves[2] == pytest.approx(curves[0], rel=1e-4)
 
 
 def test_score_on_a_worked_example():
-    """'return the sum' against 'return the mean': 3 words each, longest common subsequence 2, so ROUGE-L = 2/3."""
+    """'return the sum' against 'return the mean': 3 words each, longest common subsequence 2, so ROUGE-L =
+    2/3.
+    """
     assert task.text_scores("return the sum", "return the mean", set())["rouge_l"] == pytest.approx(2 / 3)
     assert task.text_scores("Return x.", "Return x.", {"return x"}) == {
-        "chrf": pytest.approx(100), "rouge_l": pytest.approx(1), "repetition": 0, "copied": True}
+        "chrf": pytest.approx(100),
+        "rouge_l": pytest.approx(1),
+        "repetition": 0,
+        "copied": True,
+    }
     repeated = task.text_scores("a b c d a b c d", "", set())  # five 4-grams, the last repeats the first
     assert repeated["repetition"] == pytest.approx(1 / 5) and not repeated["copied"]
-    items = [{"id": 1, "nats": 6.0, "tokens": 3, "bytes": 10}, {"id": 2, "nats": 2.0, "tokens": 1, "bytes": 6}]
+    items = [
+        {"id": 1, "nats": 6.0, "tokens": 3, "bytes": 10},
+        {"id": 2, "nats": 2.0, "tokens": 1, "bytes": 6},
+    ]
     values = [row["value"] for row in stats.rows_of("x", "base", items, task.TABLES["general"])]
     assert values == [2.0, pytest.approx(8 / math.log(2) / 16)] and task.nll(items) == 2.0
 
@@ -133,21 +169,25 @@ def test_generation_from_the_shared_cache_equals_plain_generate(tiny_model, toke
     for example, item in zip(task.encode(tokenizer, rows, CFG), items):
         ids = torch.tensor([example["prompt"]])
         new = tiny_model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=2)
-        new = new[0, ids.shape[1]:].tolist()
-        new = new[:new.index(2)] if 2 in new else new
+        new = new[0, ids.shape[1] :].tolist()
+        new = new[: new.index(2)] if 2 in new else new
         assert item["text"] == tokenizer.decode(new, skip_special_tokens=True).strip()
         assert item["new_tokens"] == len(new)
 
 
 def test_generation_is_greedy_whatever_the_model_asks_for(tiny_model, tokenizer, monkeypatch):
-    """Penalties and sampling in a model's own generation_config are left out, and it is as before afterwards."""
+    """Penalties and sampling in a model's own generation_config are left out, and it is as before
+    afterwards.
+    """
     plain = scored(tiny_model, tokenizer, [ROW], max_new_tokens=12)[0]["text"]
     ids = torch.tensor([task.Prompt(tokenizer, CFG)(ROW["prompt"])])
     with torch.no_grad():
         likeliest = tiny_model(ids).logits[0, -1].argmax().item()
-    own = GenerationConfig(eos_token_id=2, suppress_tokens=[likeliest], repetition_penalty=3.0, do_sample=True)
+    own = GenerationConfig(
+        eos_token_id=2, suppress_tokens=[likeliest], repetition_penalty=3.0, do_sample=True
+    )
     monkeypatch.setattr(tiny_model, "generation_config", own)
-    asked = tiny_model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, ids.shape[1]:]
+    asked = tiny_model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, ids.shape[1] :]
     assert tokenizer.decode(asked, skip_special_tokens=True).strip() != plain
     assert scored(tiny_model, tokenizer, [ROW], max_new_tokens=12)[0]["text"] == plain
     assert tiny_model.generation_config is own
@@ -168,12 +208,16 @@ def test_shared_prefix_leaves_every_prompt_a_token():
 
 def own_run(folder, **knobs):
     """As much of a results.Run as the functions below need, over a folder of jsonl files."""
-    return SimpleNamespace(cfg=data.Config(**knobs), artifact=lambda step, name: folder / name, track=lambda path: path)
+    return SimpleNamespace(
+        cfg=data.Config(**knobs), artifact=lambda step, name: folder / name, track=lambda path: path
+    )
 
 
 def test_own_data_brings_its_own_examples_and_basket(tmp_path):
     """Three Python functions before a question about colours would show nothing."""
-    rows = [{"id": f"row{i}", "prompt": f"Which colour has {i}?", "completion": f"Colour {i}."} for i in range(5)]
+    rows = [
+        {"id": f"row{i}", "prompt": f"Which colour has {i}?", "completion": f"Colour {i}."} for i in range(5)
+    ]
     for name in ("train", "dev"):
         results.write_rows(tmp_path / f"{name}.jsonl", rows)
     run = own_run(tmp_path, data="own.jsonl", instruction="Name the colour.")
@@ -184,13 +228,17 @@ def test_own_data_brings_its_own_examples_and_basket(tmp_path):
     assert [row["taught"] for row in asked] == [True] * 5 + [False] * 10
 
 
-def test_the_basket_asks_with_the_runs_instruction_only_what_is_taught(tiny_model, tokenizer, tmp_path, monkeypatch):
+def test_the_basket_asks_with_the_runs_instruction_only_what_is_taught(
+    tiny_model, tokenizer, tmp_path, monkeypatch
+):
     from task1_decoder import harness
+
     instructions = []
 
     def spy(model, tokenizer, rows, cfg, trained, shots=()):
         instructions.extend([cfg.instruction] * len(rows))
         return [{"id": row["id"], "nats": 1.0, "tokens": 1} for row in rows]
+
     for name in ("train", "test", "choice"):
         results.write_rows(tmp_path / f"{name}.jsonl", [ROW])
     monkeypatch.setattr(task, "score", spy)
@@ -203,12 +251,22 @@ def test_the_basket_asks_with_the_runs_instruction_only_what_is_taught(tiny_mode
 
 
 def test_questions_of_held_out_own_rows_are_not_trained_on(tmp_path):
-    """Rows that ask the same and answer differently are no near-duplicates: those of a held-out question go."""
+    """Rows that ask the same and answer differently are no near-duplicates: those of a held-out question
+    go.
+    """
     nouns = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
     file = tmp_path / "own.jsonl"
-    results.write_rows(file, [{"prompt": f"Tell of the {nouns[i % 10]} and the {nouns[i // 10]}.",
-                               "completion": " ".join(nouns[(i * k + j) % 10] for k in range(9))}
-                              for j in range(2) for i in range(100)])
+    results.write_rows(
+        file,
+        [
+            {
+                "prompt": f"Tell of the {nouns[i % 10]} and the {nouns[i // 10]}.",
+                "completion": " ".join(nouns[(i * k + j) % 10] for k in range(9)),
+            }
+            for j in range(2)
+            for i in range(100)
+        ],
+    )
     run = own_run(tmp_path, data=str(file), n_test=20, n_dev=10, instruction="")
     kept, counts = data.own_rows(run)
     held_out = {row["prompt"] for row in kept if row["split"] != "train"}
@@ -224,13 +282,19 @@ def test_training_rows_that_repeat_held_out_ones_stop_the_run():
 
 
 def test_a_question_has_four_different_choices():
-    rows = [{"id": str(i), "package": "own", "prompt": f"q{i}", "completion": f"answer {i % 2}"} for i in range(20)]
+    rows = [
+        {"id": str(i), "package": "own", "prompt": f"q{i}", "completion": f"answer {i % 2}"}
+        for i in range(20)
+    ]
     assert data.choice_rows(rows, rows, SimpleNamespace(text=str), 20, 0) == []
     rows = [row | {"completion": f"answer {i % 5}"} for i, row in enumerate(rows)]
     made = data.choice_rows(rows, rows, SimpleNamespace(text=str), 20, 0)
     assert len(made) == 20
     for row, question in zip(rows, made):
-        assert len(set(question["choices"])) == 4 and question["choices"][question["answer"]] == row["completion"]
+        assert (
+            len(set(question["choices"])) == 4
+            and question["choices"][question["answer"]] == row["completion"]
+        )
 
 
 def test_one_benchmark_item_is_refused_before_anything_is_measured(tiny_model, tokenizer):
@@ -240,6 +304,8 @@ def test_one_benchmark_item_is_refused_before_anything_is_measured(tiny_model, t
 
 def test_functions_of_ours_are_python(tmp_path):
     asked = basket.prompts(own_run(tmp_path))
-    for code in [row["prompt"] for row in asked if row["kind"] == "function"] + [code for code, _ in task.SHOTS]:
+    for code in [row["prompt"] for row in asked if row["kind"] == "function"] + [
+        code for code, _ in task.SHOTS
+    ]:
         compile(code, "basket", "exec")
     assert [row["id"] for row in asked] == list(range(len(asked)))
