@@ -114,7 +114,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base, adapter = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 turns = [{"role": "user", "content": "def f(x): return x"}]
-ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+encoded = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
+ids = encoded.input_ids
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 plain = model(ids).logits
 tuned = PeftModel.from_pretrained(model, adapter)(ids).logits
