@@ -117,26 +117,17 @@ def load_model(cfg):
     transformers.set_seed(cfg.seed)  # LoRA's A is drawn below; the Trainer would seed too late for it
     base = models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant)
     base.config.use_cache = False
-    # The adapter stays in fp32, PEFT's default: bf16 would round small updates away, and was no faster (4.5
-    # s a step of 16 rows, both).
-    return get_peft_model(
-        base,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=cfg.lora_r,
-            lora_alpha=cfg.lora_alpha,
-            lora_dropout=cfg.lora_dropout,
-            bias="none",
-            target_modules=models.lora_targets(base, cfg.target_modules),
-        ),
-    )
+    # The adapter stays in fp32, PEFT's default: bf16 would round small updates away, and was no faster (4.5 s
+    # a step of 16 rows, both).
+    return get_peft_model(base, LoraConfig(
+        task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
+        bias="none", target_modules=models.lora_targets(base, cfg.target_modules)))
 
 
 # ---------------------------------------------------------------------------------------- batches and loss
 
 def schedule(examples: list[dict], cfg) -> list[dict]:
-    """The examples of every step in training order: epochs of shuffled batches whose rows have similar
-    length.
+    """The examples of every step in training order: shuffled batches of rows of similar length, by epoch.
 
     The Trainer reads the list in sequence, so a resumed run sees what an uninterrupted one would have seen.
     """
@@ -190,52 +181,27 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
     last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash])
     lengths = [len(example["prompt"]) + len(example["answer"]) for example in examples]
     longest = sorted(range(len(examples)), key=lambda i: -lengths[i])[:per_process]
+    longest = task.collate([examples[i] for i in longest], tokenizer.pad_token_id)
     per_pass, checkpointing, predicted = memory.plan(
-        model,
-        task.collate([examples[i] for i in longest], tokenizer.pad_token_id),
-        compute,
-        cfg.rows_per_pass,
-        cfg.gradient_checkpointing,
-        cfg.memory_gib,
-    )
+        model, longest, compute, cfg.rows_per_pass, cfg.gradient_checkpointing, cfg.memory_gib)
     stats = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
              "trained_rows": len(examples), "epochs": len(examples) / len(rows), "rows_per_pass": per_pass,
              "gradient_checkpointing": checkpointing, "processes": training.PROCESSES}
     log(**stats, predicted_GiB=predicted["total"] / 2**30)
 
-    args = training.one_process(
-        TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=cfg.max_steps,
-            learning_rate=cfg.learning_rate,
-            lr_scheduler_type=cfg.schedule,
-            warmup_steps=cfg.warmup_steps,
-            max_grad_norm=cfg.max_grad_norm,
-            weight_decay=cfg.weight_decay,
-            optim=cfg.optimizer,
-            seed=cfg.seed,
-            per_device_train_batch_size=per_pass,
-            gradient_accumulation_steps=per_process // per_pass,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            train_sampling_strategy="sequential",
-            per_device_eval_batch_size=cfg.eval_batch_size,
-            # the best and the last checkpoint are kept, and the best is loaded in the end
-            eval_strategy="steps",
-            eval_steps=cfg.eval_every,
-            eval_on_start=not last,
-            save_steps=cfg.eval_every,
-            save_total_limit=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
-            logging_steps=cfg.log_every,
-            ddp_find_unused_parameters=False,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            **training.options(compute),
-        )
-    )
+    args = training.one_process(TrainingArguments(
+        output_dir=str(checkpoints), max_steps=cfg.max_steps, seed=cfg.seed,
+        learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps,
+        max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay, optim=cfg.optimizer,
+        # the rows of a global batch, in the order of `schedule`, are divided among passes and processes
+        per_device_train_batch_size=per_pass, gradient_accumulation_steps=per_process // per_pass,
+        train_sampling_strategy="sequential", remove_unused_columns=False, label_names=["labels"],
+        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        # the best and the last checkpoint are kept, and the best is loaded in the end
+        eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not last,
+        per_device_eval_batch_size=cfg.eval_batch_size, save_steps=cfg.eval_every, save_total_limit=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        logging_steps=cfg.log_every, ddp_find_unused_parameters=False, **training.options(compute)))
     trainer = DevTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=examples, eval_dataset=dev,
         data_collator=lambda batch: task.collate(batch, tokenizer.pad_token_id),
@@ -267,22 +233,19 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
 
 # -------------------------------------------------------------------------------------------- what is kept
 
-
 def save(model, cfg, adapter: Path, dev: list[dict]) -> dict[str, float]:
-    """Write the adapter and its tokenizer, reload them onto a fresh base, and compare logits on some dev
-    rows.
+    """Write the adapter and its tokenizer, reload it onto a fresh base, and compare logits on some dev rows.
 
     The adapter and its card name the base as it is known elsewhere, not by its folder on this machine.
     SystemExit if it does not reload exactly, or reloads as the base: what nobody has reloaded is not saved.
     """
     shutil.rmtree(adapter, ignore_errors=True)
-    tokenizer, base, config = (
-        models.load_tokenizer(cfg.model),
-        model.get_base_model(),
-        model.peft_config["default"],
-    )
+    tokenizer, base = models.load_tokenizer(cfg.model), model.get_base_model()
+    config = model.peft_config["default"]
     base.name_or_path, config.revision = models.public_name(cfg.model)
     config.base_model_name_or_path = base.config.name_or_path = base.name_or_path
+    if isinstance(config.target_modules, set):  # whose order differs between processes
+        config.target_modules = sorted(config.target_modules)
     model.save_pretrained(adapter, save_embedding_layers=False)
     tokenizer.save_pretrained(adapter)  # with its chat template: the folder is all that a user of it needs
 
@@ -296,10 +259,8 @@ def save(model, cfg, adapter: Path, dev: list[dict]) -> dict[str, float]:
             untrained = fresh(**inputs).logits
     difference, moved = ((reloaded - other).abs().max().item() for other in (trained, untrained))
     if difference != 0 or moved == 0:
-        raise SystemExit(
-            f"{results.shown(adapter)} reloads wrongly: its logits differ by {difference} from the trained "
-            f"model's, by {moved} from the base's"
-        )
+        raise SystemExit(f"{results.shown(adapter)} reloads wrongly: its logits differ by {difference} from "
+                         f"the trained model's, by {moved} from the base's")
     return {"adapter_file_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
             "reload_max_logit_difference": difference}
 
@@ -312,16 +273,10 @@ def main(run):
     if not results.MAIN_PROCESS:
         return  # all have the same weights, and the first process saves them
     stats |= save(model, cfg, run.folder / "adapter", dev[:4])
-    table = [
-        {"table": "curve", "name": "tuned", "metric": metric, "step": entry["step"], "value": entry[metric]}
-        for entry in history
-        for metric in ("loss", "eval_loss")
-        if metric in entry
-    ]
-    table += [
-        {"table": "training", "name": "tuned", "metric": name, "value": value}
-        for name, value in stats.items()
-    ]
+    table = [{"table": "curve", "name": "tuned", "metric": m, "step": entry["step"], "value": entry[m]}
+             for entry in history for m in ("loss", "eval_loss") if m in entry]
+    table += [{"table": "training", "name": "tuned", "metric": metric, "value": value}
+              for metric, value in stats.items()]
     run.save(table, artifacts=["adapter"], tokens_per_second=stats["tokens_per_second"])
     training.remove(checkpoints)
     run.log(dev_nll_before=stats["dev_nll_before"], dev_nll_best=stats["dev_nll_best"], steps=stats["steps"])

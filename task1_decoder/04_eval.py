@@ -17,7 +17,7 @@ if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -75,20 +75,15 @@ def attribution(run, tokenizer, adapter: str, test: list[dict], before: list[dic
     for name, own in items.items():
         reference = before if "base" in name else after
         rows += stats.rows_of("attribution", name, own, [task.NLL])
-        minus = stats.delta_rows("attribution", name, reference, own, [task.NLL])
-        rows += renamed(minus, f"minus_{cfg.precision}")
-    fairest = stats.delta_rows("attribution", f"{trained} + adapter", base, after, [task.NLL])
-    return rows + renamed(fairest, f"minus_{plain}_base")
-
-
-def renamed(rows: list[dict], metric: str) -> list[dict]:
-    """Rows whose metric says what was subtracted."""
-    return [row | {"metric": metric} for row in rows]
+        minus = replace(task.NLL, name=f"minus_{cfg.precision}")
+        rows += stats.delta_rows("attribution", name, reference, own, [minus])
+    fairest = replace(task.NLL, name=f"minus_{plain}_base")
+    return rows + stats.delta_rows("attribution", f"{trained} + adapter", base, after, [fairest])
 
 
 def extremes(before: list[dict], after: list[dict], test: list[dict], k: int = 3) -> list[dict]:
-    """The k largest gains and losses in chrF, ties broken by NLL, then by place. Names, figures, model
-    output only.
+    """The k largest gains and losses in chrF, ties broken by NLL, then by place, without the packages'
+    texts.
     """
     order = sorted(range(len(after)), key=lambda i: (
         after[i]["chrf"] - before[i]["chrf"], before[i]["nats"] - after[i]["nats"], i))
@@ -109,12 +104,10 @@ def examples_page(rows: list[dict], test: list[dict]) -> str:
     by_id, parts = {row["id"]: row for row in test}, ["# The largest gains and losses in full\n"]
     for row in rows:
         source = by_id[row["id"]]
-        parts.append(
-            f"## {row['name']}: {source['name']}\n\n"
-            f"chrF {row['chrf_before']:.0f} -> {row['chrf_after']:.0f}\n\n"
-            f"```python\n{source['prompt']}\n```\n\n- reference: {source['completion']}\n"
-            f"- before: {row['output_before']}\n- after: {row['output_after']}\n"
-        )
+        parts.append(f"## {row['name']}: {source['name']}\n\n"
+                     f"chrF {row['chrf_before']:.0f} -> {row['chrf_after']:.0f}\n\n"
+                     f"```python\n{source['prompt']}\n```\n\n- reference: {source['completion']}\n"
+                     f"- before: {row['output_before']}\n- after: {row['output_after']}\n")
     return "\n".join(parts)
 
 

@@ -87,23 +87,17 @@ PROFILES = {
     ),
 }
 
-# Three worked examples for the few-shot baseline. They were written for this purpose, so they are nobody's
-# test items.
+# Three worked examples for the few-shot baseline. We wrote them, so they are nobody's test items.
 SHOTS = [
-    (
-        "def clamp(value, low, high):\n    return max(low, min(value, high))",
-        "Limit a value to the closed interval from low to high.",
-    ),
-    (
-        "def read_lines(path):\n    with open(path) as stream:\n"
-        "        return [line.rstrip() for line in stream]",
-        "Return the lines of a text file without trailing white space.",
-    ),
-    (
-        "def is_sorted(items):\n    return all(a <= b for a, b in zip(items, items[1:]))",
-        "Return True if the items are in ascending order.",
-    ),
+    ("def clamp(value, low, high):\n    return max(low, min(value, high))",
+     "Limit a value to the closed interval from low to high."),
+    ("def read_lines(path):\n    with open(path) as stream:\n"
+     "        return [line.rstrip() for line in stream]",
+     "Return the lines of a text file without trailing white space."),
+    ("def is_sorted(items):\n    return all(a <= b for a, b in zip(items, items[1:]))",
+     "Return True if the items are in ascending order."),
 ]
+
 
 # ------------------------------------------------------------------------------------------------- metrics
 
@@ -130,8 +124,8 @@ TABLES = {
     "general": [m for m in METRICS if m.name in ("nll_per_token", "bits_per_byte")],
 }
 
-# -------------------------------------------------------------------------------------------------- prompt
 
+# -------------------------------------------------------------------------------------------------- prompt
 
 class Prompt:
     """Text and token ids of a prompt: the model's own chat template where it has one, else bare text and a
@@ -146,10 +140,8 @@ class Prompt:
     def __init__(self, tokenizer, cfg: Config, shots=(), style: str = "chat"):
         self.tokenizer, self.cfg, self.end = tokenizer, cfg, tokenizer.eos_token_id
         self.chat = style == "chat" and bool(tokenizer.chat_template)
-        shots = [
-            (self.shorten(question, cfg.max_prompt_tokens), self.shorten(answer, cfg.max_completion_tokens))
-            for question, answer in shots
-        ]
+        limits = cfg.max_prompt_tokens, cfg.max_completion_tokens
+        shots = [tuple(map(self.shorten, shot, limits)) for shot in shots]
         if self.chat:
             self.before, self.after, self.end = chat_parts(tokenizer, cfg.instruction, shots)
         else:
@@ -248,7 +240,6 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
 
 # -------------------------------------------------------------------------------------------------- scores
 
-
 def nll(items: list[dict]) -> float:
     """Negative log-likelihood per token, in nats: what training minimises and every step reports."""
     return sum(item["nats"] for item in items) / sum(item["tokens"] for item in items)
@@ -266,31 +257,21 @@ def text_scores(text: str, reference: str, trained: set[str]) -> dict:
     rouge = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True).score(reference, text)["rougeL"]
     words = text.split()
     grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
-    return {
-        "chrf": sacrebleu.sentence_chrf(text, [reference]).score,
-        "rouge_l": rouge.fmeasure,
-        "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
-        "copied": normalise(text) in trained,
-    }
+    return {"chrf": sacrebleu.sentence_chrf(text, [reference]).score, "rouge_l": rouge.fmeasure,
+            "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
+            "copied": normalise(text) in trained}
 
 
 def score(model, tokenizer, rows: list[dict], cfg: Config, trained: set[str], shots=()) -> list[dict]:
-    """Everything measured on held-out rows, in their order: likelihood of the reference and a greedy
-    generation.
+    """Everything measured on held-out rows, in their order: likelihood of the reference, greedy generation.
 
     Each item has what scoring.score_answers and text_scores give, and the UTF-8 "bytes" of the reference.
     Items depend on the rows alone, so two calls can be paired item by item.
     """
     examples = encode(tokenizer, rows, cfg, shots)
     items = scoring.score_answers(model, tokenizer, examples, cfg.eval_batch_size, cfg.max_new_tokens)
-    return [
-        {
-            **item,
-            "bytes": len(row["completion"].encode()),
-            **text_scores(item["text"], row["completion"], trained),
-        }
-        for row, item in zip(rows, items)
-    ]
+    return [item | {"bytes": len(row["completion"].encode())}
+            | text_scores(item["text"], row["completion"], trained) for row, item in zip(rows, items)]
 
 
 def shots_of(run) -> list[tuple[str, str]]:
@@ -324,14 +305,12 @@ def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list
         asked, longer = basket.prompts(run), replace(cfg, max_prompt_tokens=512)
         parts = [([row for row in asked if row["taught"]], longer),
                  ([row for row in asked if not row["taught"]], replace(longer, instruction=""))]
-        measured["basket"] = [
-            item for rows, knobs in parts for item in score(model, tokenizer, rows, knobs, trained)
-        ]
+        measured["basket"] = [item for rows, knobs in parts
+                              for item in score(model, tokenizer, rows, knobs, trained)]
 
     plain = Prompt(tokenizer, replace(cfg, instruction="", max_completion_tokens=128), style="plain")
-    plain.head = models.first_ids(tokenizer) or [
-        tokenizer.eos_token_id
-    ]  # something to predict the first token from
+    # the first token has to be predicted from something
+    plain.head = models.first_ids(tokenizer) or [tokenizer.eos_token_id]
     passages = [plain.encode(row) for row in harness.general_text(cfg.n_general)]
     items = scoring.score_answers(model, tokenizer, passages, cfg.eval_batch_size)
     texts = [tokenizer.decode(passage["answer"], skip_special_tokens=True) for passage in passages]
@@ -340,9 +319,6 @@ def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list
     own, choice = Prompt(tokenizer, cfg), run.artifact("01_data", "choice.jsonl")
     benchmarks = harness.evaluate(model, tokenizer, choice, cfg.n_benchmark, max(1, cfg.eval_batch_size // 2),
                                   chat_start=own.before if own.chat else None)
-    run.log(
-        measured="benchmarks",
-        n=sum(map(len, benchmarks.values())),
-        **{f"{name}_acc": float(np.mean([i["acc"] for i in items])) for name, items in benchmarks.items()},
-    )
+    run.log(measured="benchmarks", **{name: float(np.mean([item["acc"] for item in items]))
+                                      for name, items in benchmarks.items()})
     return measured | benchmarks
