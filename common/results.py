@@ -98,16 +98,13 @@ def shown(path: Path | str) -> str:
 def command(path: Path, profile: str, settings: dict[str, str]) -> str:
     """The make command that builds results/<run>/<task>/<step>.json with these arguments."""
     run, task, step = path.parts[-3:]
-    target = "ablations" if step == "ablations.json" else task.split("_")[0]
     profile = profile or (run if run in ("smoke", "gpu") else "cpu")
-    settings = dict(settings)
-    words = [f"make {target}"]
+    words = ["make", "ablations" if step == "ablations.json" else task.split("_")[0]]
     words += [f"PROFILE={profile}"] if profile != "cpu" else []
     words += [f"RUN={run}"] if run != profile or settings else []
     sources = [name for name in ("model", "data", "terms") if name in settings]
-    words += [f"{name.upper()}={shlex.quote(settings.pop(name))}" for name in sources]
-    knobs = [f"{name}={value}" if shlex.quote(value) == value else f"'{name}={value}'"
-             for name, value in settings.items()]
+    words += [f"{name.upper()}={shlex.quote(settings[name])}" for name in sources]
+    knobs = [shlex.quote(f"{name}={settings[name]}") for name in settings if name not in sources]
     return " ".join(words + ([f'SET="{" ".join(knobs)}"'] if knobs else []))
 
 
@@ -138,10 +135,10 @@ def source_hash(path: Path) -> str:
     if path.suffix != ".py":
         return sha256(path)[:16]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
+        match node:
+            case ast.AST(body=[ast.Expr(ast.Constant(str())), *rest]):
+                node.body = rest
     return hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
 
 
@@ -157,7 +154,7 @@ def imported_modules() -> dict[str, str]:
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
     names = {shown(Path(file).resolve()) for file in files}
     return {name: source_hash(ROOT / name) for name in sorted(names - PLUMBING)
-            if re.fullmatch(r"(common|task\w+)/\w+\.py", name)}
+            if re.fullmatch(r"(common|task\w+)/\w+\.py", name) and (ROOT / name).exists()}
 
 
 # --------------------------------------------------------------------------------------------------- knobs
@@ -192,7 +189,7 @@ def value_of(name: str, text: str, default):
     return value
 
 
-def parse_arguments(argv: list[str], script: Path, doc: str | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Namespace:
     """The arguments that every step takes, checked against the script's source, before anything is imported.
 
     `settings` keeps the knobs of this step: one SET serves `make`, so a knob of another step or task is no
@@ -218,9 +215,8 @@ def parse_arguments(argv: list[str], script: Path, doc: str | None = None) -> ar
     names = sorted({name for declared in everywhere.values() for name in declared})
     for name in settings:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            raise SystemExit(f"unknown knob {name!r}: " + (f"did you mean {near[0]!r}?" if near else
-                             f"knobs of all tasks: {', '.join(names)}"))
+            near = difflib.get_close_matches(name, names, 1) or names
+            raise SystemExit(f"unknown knob {name!r}: did you mean {' or '.join(map(repr, near))}?")
     args.run = args.run or args.profile
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", args.run):
         raise SystemExit(f"RUN={args.run!r} is a folder name: letters, digits, '.', '_' and '-' only")
@@ -356,7 +352,7 @@ def start(main, config_class, *profiles: dict) -> None:
     """
     module = sys.modules[main.__module__]
     script = Path(module.__file__).resolve()
-    args = parse_arguments(sys.argv[1:], script, module.__doc__)
+    args = parse_arguments(sys.argv[1:], script)
     if not MAIN_PROCESS:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
@@ -428,6 +424,8 @@ def peak_memory() -> int:
 
 def changed(path: Path, args=None) -> str | None:
     """What differs between now and when the result at `path` was made; None if nothing does."""
+    if not path.exists():
+        return "no result yet"
     try:
         result = read(path)
     except SystemExit as err:
@@ -437,19 +435,19 @@ def changed(path: Path, args=None) -> str | None:
                 f"stored is profile={result['profile']} {result['settings']}")
     for name, old in result["inputs"].items():
         kind, _, rest = name.rpartition(":")
-        if kind.startswith("hub:"):  # a clone without the repository in its cache keeps its results
-            if (now := hub.cached_revision(rest, kind.removeprefix("hub:"))) not in (None, old):
+        if kind == "step":
+            source = path.with_name(f"{rest}.json")
+            if reason := changed(source):
+                return f"{rest} is stale ({reason})"
+            now = result_hash(read(source))
+        elif kind.startswith("hub:"):  # a clone without the repository in its cache keeps its results
+            now = hub.cached_revision(rest, kind.removeprefix("hub:")) or old
+            if now != old:
                 return f"{rest} is at commit {now[:12]}, was {old[:12]}"
-            continue
-        source = path.with_name(f"{rest}.json") if kind == "step" else ROOT / rest
-        if kind == "step" and (reason := changed(source)):
-            return f"{rest} is stale ({reason})"
-        if not source.exists():
+        elif (ROOT / rest).exists():
+            now = source_hash(ROOT / rest)
+        else:
             return f"{name} is gone"
-        try:
-            now = result_hash(read(source)) if kind == "step" else source_hash(source)
-        except SyntaxError as err:
-            return f"{name} does not parse ({err})"
         if now != old:
             return f"{name} changed"
     return None
