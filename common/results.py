@@ -49,7 +49,7 @@ CHOICES = {"compute": ("auto", "bf16", "fp16", "fp32"), "precision": ("nf4", "bf
 # Words in an error of the system or of torch, and what a user can do about it.
 REMEDIES = {os.strerror(errno.ENOSPC): "free some space", os.strerror(errno.EROFS): "make it writable",
             os.strerror(errno.EACCES): "make it writable",
-            "out of memory": "set eval_batch_size=.. rows_per_pass=.. lower or take a smaller MODEL="}
+            "out of memory": "SET='eval_batch_size=.. rows_per_pass=..' lower, or a smaller MODEL="}
 AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_every", "max_steps", "log_every",
               "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
 
@@ -212,11 +212,10 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     settings.update({name: getattr(args, name) for name in ("model", "data") if getattr(args, name)})
 
     everywhere = {path: knobs(path) for path in script.parent.parent.glob("task*/*.py")}
-    names = sorted({name for declared in everywhere.values() for name in declared})
-    for name in settings:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1) or names
-            raise SystemExit(f"unknown knob {name!r}: did you mean {' or '.join(map(repr, near))}?")
+    names = set().union(*everywhere.values())
+    for name in settings.keys() - names:
+        near = difflib.get_close_matches(name, names, 1) or sorted(names)
+        raise SystemExit(f"unknown knob {name!r}: did you mean {' or '.join(map(repr, near))}?")
     args.run = args.run or args.profile
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", args.run):
         raise SystemExit(f"RUN={args.run!r} is a folder name: letters, digits, '.', '_' and '-' only")
@@ -286,8 +285,7 @@ class Run:
         self.started = time.time()
 
     def load(self, step: str) -> dict:
-        """An earlier step's result, which becomes an input. SystemExit if missing, cut short, or of other
-        knobs.
+        """An earlier step's result, now an input. SystemExit if it is missing, cut short or of other knobs.
         """
         path = self.result_path.with_name(f"{step}.json")
         result = read(path, self.remedy)
@@ -367,7 +365,7 @@ def start(main, config_class, *profiles: dict) -> None:
         for words, remedy in REMEDIES.items():
             if words in str(err):
                 said = str(err).split(". ")[0]  # torch adds advice about its allocator
-                raise SystemExit(f"{script.stem}: {said}: {remedy}, repeat the command") from None
+                raise SystemExit(f"{script.stem}: {said}; {remedy}, then repeat the command") from None
         raise
 
 
@@ -392,9 +390,9 @@ def environment() -> dict:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             env[package] = importlib.metadata.version(package)
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search(r"model name\s*: (.+)", info)
-    env["device"] = f"{cpu.group(1) if cpu else platform.processor()}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    env["device"] = f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores"
     if cuda := accelerator():
         env["device"] = cuda.get_device_name()
 
