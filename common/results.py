@@ -46,6 +46,10 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 PROFILES = ("smoke", "cpu", "gpu")
 CHOICES = {"compute": ("auto", "bf16", "fp16", "fp32"), "precision": ("nf4", "bf16", "fp16", "fp32"),
            "gradient_checkpointing": ("auto", "on", "off")}
+# Words in an error of the system or of torch, and what a user can do about it.
+REMEDIES = {os.strerror(errno.ENOSPC): "free some space", os.strerror(errno.EROFS): "make it writable",
+            os.strerror(errno.EACCES): "make it writable",
+            "out of memory": "SET='eval_batch_size=.. rows_per_pass=..' lower, or a smaller MODEL="}
 AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_every", "max_steps", "log_every",
               "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
 
@@ -94,16 +98,13 @@ def shown(path: Path | str) -> str:
 def command(path: Path, profile: str, settings: dict[str, str]) -> str:
     """The make command that builds results/<run>/<task>/<step>.json with these arguments."""
     run, task, step = path.parts[-3:]
-    target = "ablations" if step == "ablations.json" else task.split("_")[0]
     profile = profile or (run if run in ("smoke", "gpu") else "cpu")
-    settings = dict(settings)
-    words = [f"make {target}"]
+    words = ["make", "ablations" if step == "ablations.json" else task.split("_")[0]]
     words += [f"PROFILE={profile}"] if profile != "cpu" else []
     words += [f"RUN={run}"] if run != profile or settings else []
     sources = [name for name in ("model", "data", "terms") if name in settings]
-    words += [f"{name.upper()}={shlex.quote(settings.pop(name))}" for name in sources]
-    knobs = [f"{name}={value}" if shlex.quote(value) == value else f"'{name}={value}'"
-             for name, value in settings.items()]
+    words += [f"{name.upper()}={shlex.quote(settings[name])}" for name in sources]
+    knobs = [shlex.quote(f"{name}={settings[name]}") for name in settings if name not in sources]
     return " ".join(words + ([f'SET="{" ".join(knobs)}"'] if knobs else []))
 
 
@@ -134,10 +135,10 @@ def source_hash(path: Path) -> str:
     if path.suffix != ".py":
         return sha256(path)[:16]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
+        match node:
+            case ast.AST(body=[ast.Expr(ast.Constant(str())), *rest]):
+                node.body = rest
     return hashlib.sha256(canonical(tree).encode()).hexdigest()[:16]
 
 
@@ -150,44 +151,27 @@ def result_hash(result: dict) -> str:
 
 def imported_modules() -> dict[str, str]:
     """{path: source hash} of the repository's modules that this process has imported."""
-    files = {Path(module.__file__).resolve() for module in list(sys.modules.values())
-             if getattr(module, "__file__", None)}
-    names = {shown(path): path for path in files if path.suffix == ".py" and path.is_relative_to(ROOT)
-             and ".venv" not in path.parts and path.exists()}
-    return {name: source_hash(path) for name, path in sorted(names.items())
-            if name not in PLUMBING and not name.startswith("tests/")}
+    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+    names = {shown(Path(file).resolve()) for file in files}
+    return {name: source_hash(ROOT / name) for name in sorted(names - PLUMBING)
+            if re.fullmatch(r"(common|task\w+)/\w+\.py", name) and (ROOT / name).exists()}
 
 
 # --------------------------------------------------------------------------------------------------- knobs
 
-def knobs(path: Path) -> dict[str, dict]:
-    """Knobs of the dataclass `Config` and of `PROFILES` in a script, each with its reason.
-
-    The reason is the comment above a field, and the comment beside a profile's value. Returns {name: {"value"
-    (source text), "reason", "profiles": {profile: {"value", "reason"}}}}.
-    """
+def knobs(path: Path) -> dict[str, dict[str, str]]:
+    """{name: {"value" (source text), "reason" (the comment above it)}} of the class `Config` in a script."""
     lines = path.read_text(encoding="utf-8").splitlines()
 
-    def above(node):
-        start = node.lineno - 1
+    def above(field):
+        start = field.lineno - 1
         while re.match(r"\s*# (?!--)", lines[start - 1]):  # "# -- the optimiser --" is a heading
             start -= 1
-        return " ".join(line.strip("# ") for line in lines[start:node.lineno - 1])
+        return " ".join(line.strip("# ") for line in lines[start:field.lineno - 1])
 
-    found: dict[str, dict] = {}
-    for node in ast.parse("\n".join(lines)).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Config":
-            for field in (field for field in node.body if isinstance(field, ast.AnnAssign)):
-                value = ast.unparse(field.value)
-                found[field.target.id] = {"value": value, "reason": above(field), "profiles": {}}
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PROFILES":
-            for profile, overrides in zip(node.value.keys, node.value.values):
-                for override in overrides.keywords:
-                    entry = found.setdefault(override.arg, {"value": "", "reason": "", "profiles": {}})
-                    beside = lines[override.end_lineno - 1].partition("  # ")[2]
-                    value = ast.unparse(override.value)
-                    entry["profiles"][profile.value] = {"value": value, "reason": beside}
-    return found
+    return {field.target.id: {"value": ast.unparse(field.value), "reason": above(field)}
+            for node in ast.parse("\n".join(lines)).body if getattr(node, "name", "") == "Config"
+            for field in node.body if isinstance(field, ast.AnnAssign)}
 
 
 def value_of(name: str, text: str, default):
@@ -205,7 +189,7 @@ def value_of(name: str, text: str, default):
     return value
 
 
-def parse_arguments(argv: list[str], script: Path, doc: str | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Namespace:
     """The arguments that every step takes, checked against the script's source, before anything is imported.
 
     `settings` keeps the knobs of this step: one SET serves `make`, so a knob of another step or task is no
@@ -228,12 +212,10 @@ def parse_arguments(argv: list[str], script: Path, doc: str | None = None) -> ar
     settings.update({name: getattr(args, name) for name in ("model", "data") if getattr(args, name)})
 
     everywhere = {path: knobs(path) for path in script.parent.parent.glob("task*/*.py")}
-    names = sorted({name for declared in everywhere.values() for name in declared})
-    for name in settings:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            raise SystemExit(f"unknown knob {name!r}: " + (f"did you mean {near[0]!r}?" if near else
-                             f"knobs of all tasks: {', '.join(names)}"))
+    names = set().union(*everywhere.values())
+    for name in settings.keys() - names:
+        near = difflib.get_close_matches(name, names, 1) or sorted(names)
+        raise SystemExit(f"unknown knob {name!r}: did you mean {' or '.join(map(repr, near))}?")
     args.run = args.run or args.profile
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", args.run):
         raise SystemExit(f"RUN={args.run!r} is a folder name: letters, digits, '.', '_' and '-' only")
@@ -303,8 +285,7 @@ class Run:
         self.started = time.time()
 
     def load(self, step: str) -> dict:
-        """An earlier step's result, which becomes an input. SystemExit if missing, cut short, or of other
-        knobs.
+        """An earlier step's result, now an input. SystemExit if it is missing, cut short or of other knobs.
         """
         path = self.result_path.with_name(f"{step}.json")
         result = read(path, self.remedy)
@@ -369,26 +350,22 @@ def start(main, config_class, *profiles: dict) -> None:
     """
     module = sys.modules[main.__module__]
     script = Path(module.__file__).resolve()
-    args = parse_arguments(sys.argv[1:], script, module.__doc__)
+    args = parse_arguments(sys.argv[1:], script)
     if not MAIN_PROCESS:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         print(f"{script.parent.name}/{script.stem} profile={args.profile} run={args.run}", flush=True)
         run = Run(args, script, configure(config_class, profiles, args.profile, args.settings))
-        with only_one(run):
+        with only_one(run) if MAIN_PROCESS else contextlib.nullcontext():
             main(run)
     except KeyboardInterrupt:
         raise SystemExit(f"\n{script.stem} interrupted; nothing half-written. The same command goes on from "
                          "the last checkpoint, if there is one") from None
     except Exception as err:
-        number = getattr(err, "errno", None)
-        if number == errno.ENOSPC or "No space left on device" in str(err):
-            raise SystemExit(f"disk full in {script.stem}: free some space, repeat the command") from None
-        if number in (errno.EROFS, errno.EACCES):
-            raise SystemExit(f"{script.stem} may not write {shown(err.filename)}: make it writable") from None
-        if type(err).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-            raise SystemExit(f"{script.stem} ran out of the accelerator's memory: SET='eval_batch_size=.. "
-                             f"rows_per_pass=..' lower, or a smaller MODEL= ({err})".split(". ")[0]) from None
+        for words, remedy in REMEDIES.items():
+            if words in str(err):
+                said = str(err).split(". ")[0]  # torch adds advice about its allocator
+                raise SystemExit(f"{script.stem}: {said}; {remedy}, then repeat the command") from None
         raise
 
 
@@ -399,13 +376,11 @@ def only_one(run: Run):
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            if MAIN_PROCESS:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"{shown(run.folder)} is being written by {path.read_text()}: wait until it "
                              "ends, or take another RUN= name") from None
-        if MAIN_PROCESS:
-            path.write_text(f"{run.step}, process {os.getpid()}, since {time.strftime('%H:%M')}")
+        path.write_text(f"{run.step}, process {os.getpid()}, since {time.strftime('%H:%M')}")
         yield
 
 
@@ -415,9 +390,9 @@ def environment() -> dict:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             env[package] = importlib.metadata.version(package)
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search(r"model name\s*: (.+)", info)
-    env["device"] = f"{cpu.group(1) if cpu else platform.processor()}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    env["device"] = f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores"
     if cuda := accelerator():
         env["device"] = cuda.get_device_name()
 
@@ -450,28 +425,27 @@ def changed(path: Path, args=None) -> str | None:
     if not path.exists():
         return "no result yet"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        inputs = result["inputs"]
-    except (ValueError, KeyError):
-        return "the result file is cut short or not JSON"
+        result = read(path)
+    except SystemExit as err:
+        return str(err)
     if args and (args.profile, args.settings) != (result["profile"], result["settings"]):
         return (f"asked for profile={args.profile} {args.settings}, "
                 f"stored is profile={result['profile']} {result['settings']}")
-    for name, old in inputs.items():
+    for name, old in result["inputs"].items():
         kind, _, rest = name.rpartition(":")
-        if kind.startswith("hub:"):  # a clone without the repository in its cache keeps its results
-            if (now := hub.cached_revision(rest, kind.removeprefix("hub:"))) not in (None, old):
+        if kind == "step":
+            source = path.with_name(f"{rest}.json")
+            if reason := changed(source):
+                return f"{rest} is stale ({reason})"
+            now = result_hash(read(source))
+        elif kind.startswith("hub:"):  # a clone without the repository in its cache keeps its results
+            now = hub.cached_revision(rest, kind.removeprefix("hub:")) or old
+            if now != old:
                 return f"{rest} is at commit {now[:12]}, was {old[:12]}"
-            continue
-        source = path.with_name(f"{rest}.json") if kind == "step" else ROOT / rest
-        if kind == "step" and (reason := changed(source)):
-            return f"{rest} is stale ({reason})"
-        if not source.exists():
+        elif (ROOT / rest).exists():
+            now = source_hash(ROOT / rest)
+        else:
             return f"{name} is gone"
-        try:
-            now = result_hash(read(source)) if kind == "step" else source_hash(source)
-        except SyntaxError as err:
-            return f"{name} does not parse ({err})"
         if now != old:
             return f"{name} changed"
     return None
@@ -501,8 +475,6 @@ def main(argv: list[str]) -> int:
         raise SystemExit("usage: python -m common.results fresh results/RUN/TASK/STEP.json [arguments]")
     path = Path(argv[1]).absolute()
     script = ROOT / path.parent.name / f"{path.stem}.py"
-    if not script.exists():
-        raise SystemExit(f"{shown(path)}: no step {shown(script)}")
     try:
         reason = stale_reason(path, parse_arguments(argv[2:], script))
     except SystemExit as wrong:  # the arguments, not the result: running the step would only say it again

@@ -121,8 +121,6 @@ def _ratio(totals, weights, axis=-1):
 
 
 def _interval(data) -> dict:
-    if len(data[0]) < 2:
-        raise ValueError("an interval needs at least 2 items")
     found = scipy.stats.bootstrap(data, _ratio, paired=True, vectorized=True, method="percentile", batch=500,
                                   n_resamples=RESAMPLES, rng=np.random.default_rng(SEED)).confidence_interval
     return {"lo": float(found.low), "hi": float(found.high)}

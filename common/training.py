@@ -37,9 +37,11 @@ def per_process(batch_size: int) -> int:
 
 def options(compute: str) -> dict:
     """Arguments of TrainingArguments that are no choice: device, number format `compute`, and quiet output.
+
+    fp16 brings the library's gradient scaler.
     """
-    return {"use_cpu": models.device().type == "cpu", **models.trainer_dtype(compute), "report_to": "none",
-            "disable_tqdm": not sys.stderr.isatty(), "logging_nan_inf_filter": False}
+    return {"use_cpu": models.device().type == "cpu", "bf16": compute == "bf16", "fp16": compute == "fp16",
+            "report_to": "none", "disable_tqdm": not sys.stderr.isatty(), "logging_nan_inf_filter": False}
 
 
 def one_process(args):

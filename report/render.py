@@ -130,7 +130,7 @@ class Report:
             run = self.shown(task, path.stem if path.stem != "task" else "04_eval", others=False)
             used = {name: repr(value) for result in run for name, value in result["config"].items()}
             knobs = [(name, knob["value"], used.get(name, knob["value"]), knob["reason"])
-                     for name, knob in results.knobs(path).items() if knob["value"]]
+                     for name, knob in results.knobs(path).items()]
             found += [(results.shown(path), knobs)] if knobs else []
         return found
 
@@ -215,7 +215,7 @@ def problems(root: Path) -> list[str]:
     found = []
     for path in sorted(results.ROOT.glob("task*/*.py")):
         found += [f"{results.shown(path)}: knob {name!r} has no reason in a comment above it"
-                  for name, knob in results.knobs(path).items() if knob["value"] and not knob["reason"]]
+                  for name, knob in results.knobs(path).items() if not knob["reason"]]
     report = Report(root)
     for key, result in report.found.items():
         path = root.joinpath(*key).with_suffix(".json")
@@ -231,8 +231,6 @@ def main(argv: list[str]) -> int:
         wrong = problems(root)
         print("\n".join(wrong) or "report, results and reasons are current")
         return bool(wrong)
-    if argv:
-        raise SystemExit("usage: python -m report.render [check]")
     for path, text in outdated(root).items():
         results.write_atomic(path, text)
         print(f"wrote {results.shown(path)}")

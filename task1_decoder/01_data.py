@@ -70,7 +70,8 @@ def own_rows(run) -> tuple[list[dict], dict[str, int]]:
         raise SystemExit(f"DATA={cfg.data}: say what your prompts ask for, SET=\"'instruction=...'\" "
                          "(SET=instruction= for nothing)")
     least = cfg.n_test + cfg.n_dev + 32
-    table = corpus.read_table(cfg.data, (("prompt", "completion"), ("text",)), minimum=least)
+    from common.data import read_table
+    table = read_table(cfg.data, (("prompt", "completion"), ("text",)), minimum=least)
     if Path(cfg.data).expanduser().is_file():
         run.track(Path(cfg.data).expanduser().absolute())
     rows = []

@@ -78,7 +78,8 @@ def own_rows(cfg) -> list:
 def read_own(source: str, minimum: int) -> list:
     """DATA= pairs {anchor, positive}. SystemExit with the row for what cannot train a search: what
     corpus.read_table refuses, equal sides, one-word anchors."""
-    rows = corpus.read_table(source, (("anchor", "positive"),), minimum, "n_pool=.. n_dev=..")
+    from common.data import read_table
+    rows = read_table(source, (("anchor", "positive"),), minimum, "n_pool=.. n_dev=..")
     for number, row in enumerate(rows, 1):
         where, anchor = f"DATA={source} row {number}", row["anchor"]
         if normalise(anchor) == normalise(row["positive"]):

@@ -96,7 +96,8 @@ def documents(cfg: Config) -> list[dict]:
         rows = [{"text": row["docstring"]} for row in corpus.load(deduplicated=False)[0]]
     else:
         source = str(HERE / "ru_texts.jsonl") if cfg.data == "corpus" else cfg.data
-        rows = corpus.read_table(source, (("text", "split"), ("text",)), minimum=100, sizes="")
+        from common.data import read_table
+        rows = read_table(source, (("text", "split"), ("text",)), minimum=100, sizes="")
         if wrong := {row["split"] for row in rows if "split" in row} - {"train", "dev", "test"}:
             raise SystemExit(f"DATA={source}: split {sorted(wrong)[0]!r}; expected train, dev or test")
     by_text = {}

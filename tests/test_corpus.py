@@ -6,7 +6,7 @@ import json
 import pyarrow.parquet
 import pytest
 
-from common import corpus
+from common import corpus, data
 
 SOURCE = '''
 def area(radius):
@@ -92,11 +92,11 @@ def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path):
         writer.writerows(more)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(more), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.csv", "a.parquet"):
-        assert corpus.read_table(str(tmp_path / name), COLUMNS, 1) == table, name
+        assert data.read_table(str(tmp_path / name), COLUMNS, 1) == table, name
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("missing.jsonl", None, ["no such file"]),
+    ("missing.jsonl", None, ["No such file"]),
     ("empty.jsonl", "", ["no rows", "prompt+completion or text"]),
     ("empty.csv", "text\n", ["no rows"]),
     ("wrong.jsonl", '{"question": "a", "answer": "b"}', ["row 1", "question, answer", "or text"]),
@@ -116,6 +116,6 @@ def test_bad_data_is_one_line_with_file_and_row(tmp_path, name, content, words):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as stop:
-        corpus.read_table(str(path), COLUMNS, 10)
+        data.read_table(str(path), COLUMNS, 10)
     said = str(stop.value)
     assert "\n" not in said and all(word in said for word in [f"DATA={path}", *words]), said

@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 from safetensors.numpy import save_file
 
-from common import corpus, hub, results
+from common import data, hub, results
 from tests.conftest import one_line
 from tests.hub_server import Hub, Repository, commit_of, files_of
 
@@ -260,6 +260,6 @@ def test_data_sets(tmp_path, monkeypatch):
         refused(["DATA=o/x: no such path here", "dataset"], home, url, "o/x", "dataset")
     for name in ("jsonl", "parquet"):
         with environment(home, url, offline=True):
-            assert corpus.read_table(f"o/{name}", (("text",),), 3) == rows
+            assert data.read_table(f"o/{name}", (("text",),), 3) == rows
             with pytest.raises(SystemExit, match="expected columns prompt"):
-                corpus.read_table(f"o/{name}", (("prompt",),), 3)
+                data.read_table(f"o/{name}", (("prompt",),), 3)
