@@ -66,26 +66,14 @@ def corpus_rows() -> list:
 
 
 def own_rows(cfg) -> list:
-    """DATA= pairs, checked, whose groups are drawn into the splits by seed."""
-    pairs = read_own(cfg.data, minimum=cfg.n_pool + cfg.n_dev + 64)
+    """DATA= pairs {anchor, positive}, whose groups are drawn into the splits by seed."""
+    pairs = corpus.read_table(cfg.data, (("anchor", "positive"),), cfg.n_pool + cfg.n_dev + 64,
+                              "n_pool=.. n_dev=..")
     rows = group([{"id": f"row{number:07}", "name": f"row {number}", "package": "own", **pair}
                   for number, pair in enumerate(pairs, 1)])
     test, rest = take(rows, cfg.n_pool, cfg.seed)
     dev, train = take(rest, cfg.n_dev, cfg.seed)
     return [row | {"split": split} for split, part in zip(SPLITS, (test, dev, train)) for row in part]
-
-
-def read_own(source: str, minimum: int) -> list:
-    """DATA= pairs {anchor, positive}. SystemExit with the row for what cannot train a search: what
-    corpus.read_table refuses, equal sides, one-word anchors."""
-    rows = corpus.read_table(source, (("anchor", "positive"),), minimum, "n_pool=.. n_dev=..")
-    for number, row in enumerate(rows, 1):
-        where, anchor = f"DATA={source} row {number}", row["anchor"]
-        if normalise(anchor) == normalise(row["positive"]):
-            raise SystemExit(f"{where}: anchor and positive are the same text ({anchor[:40]!r})")
-        if anchor.isascii() and len(anchor.split()) < 2:  # not every script puts spaces between words
-            raise SystemExit(f"{where}: the anchor is one word ({anchor[:40]!r}); a query needs two or more")
-    return rows
 
 
 # ----------------------------------------------------------------------------------------- groups, filters
