@@ -163,8 +163,9 @@ def trained(model) -> dict:
 def contrastive_loss(model, scale: float, rows_at_once: int | None = None):
     """Cross-entropy of picking a pair's other side among the batch, in both directions, averaged.
 
-    "per_direction": the softmax of a query is over documents, that of a document over queries. With
-    several processes the other side is looked for in the batches of all. With `rows_at_once` the batch is computed in parts, to the same loss and gradients (GradCache).
+    "per_direction": the softmax of a query is over documents, that of a document over queries. With several
+    processes, all their batches count. With `rows_at_once` the batch is computed in parts, to the same loss
+    and gradients (GradCache).
     """
     options = dict(scale=scale, similarity_fct=cos_sim_fp32, directions=("query_to_doc", "doc_to_query"),
                    partition_mode="per_direction", gather_across_devices=training.PROCESSES > 1)

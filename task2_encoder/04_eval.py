@@ -28,7 +28,6 @@ from sentence_transformers import SentenceTransformer
 from common import models, stats
 from task2_encoder import task
 
-
 EXTREMES = 10  # queries of the lists "most improved" and "most harmed"
 
 
