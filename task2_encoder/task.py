@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import bm25s
 import numpy as np
@@ -106,8 +107,7 @@ def load_adapter(folder: Path, cfg, precision: str | None = None):
 
 # ----------------------------------------------------------------------------------------------- retrieval
 
-@dataclass(frozen=True)
-class Retrieval:
+class Retrieval(NamedTuple):
     """Queries {id: text}, documents {id: text}, and the ids of each query's right answers {query id: set}."""
     queries: dict
     documents: dict

@@ -16,10 +16,10 @@ COLUMNS = ("term", "anchors", "negative_anchors")  # others, like a definition, 
 
 
 def count(texts: list[str]) -> tuple[Counter, Counter]:
-    """(occurrences, documents) of every word that follows a space."""
+    """(occurrences, documents) of every word that follows a space, in texts as from `task.documents`."""
     occurrences, documents = Counter(), Counter()
     for text in texts:
-        words = WORD.findall(" " + " ".join(text.split()))
+        words = WORD.findall(text)
         occurrences.update(words)
         documents.update(set(words))
     return occurrences, documents
@@ -62,7 +62,7 @@ def find(tokenizer, train: list[str], held_out: list[str], general: list[str], l
     occurrences, documents = count(train)
     _, held_documents = count(held_out)
     other, _ = count(general)
-    total, other_total, rows = sum(occurrences.values()), max(1, sum(other.values())), []
+    total, other_total, rows = sum(occurrences.values()), sum(other.values()), []
     for word, spread in documents.items():
         entries = vocabulary.pieces(tokenizer, f" {word}")
         if spread >= least / 2 and len(entries) >= 2:
