@@ -68,7 +68,7 @@ def extend(tokenizer, terms: list[str]):
             merges.append([left, right])
             left += right
         pieces_of.setdefault(vocabulary[left], [vocabulary[left]])  # an old entry that no merge led to
-    new = copy.deepcopy(tokenizer)
+    new = copy.deepcopy(tokenizer)  # template, special tokens and padding, around other entries and merges
     new._tokenizer = Tokenizer.from_str(json.dumps(state))
     now = new.get_vocab()
     assert all(now[token] == i for token, i in old.items()), "an old id moved"
