@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import json
 
-from common import models
+from common import models, stats
 from task2_encoder import task
 
 
@@ -45,7 +45,8 @@ def main(run):
              "bytes_fp32": models.size(model)["bytes"]}
     rows = [task.row("size", "base", metric, value) for metric, value in sizes.items()]
     for name, measured in items.items():
-        rows += task.rows_of(measured, name, searches)
+        for table, pool in pools.items():
+            rows += stats.rows_of(table, name, measured[table], task.METRICS, documents=len(pool.documents))
     results.write_atomic(run.folder / "items_base.json", json.dumps(items))
     run.save(rows, artifacts=["items_base.json"])
     run.log(**{name.replace(" ", "_"): task.mean_mrr(measured["pool"]) for name, measured in items.items()})

@@ -144,11 +144,11 @@ def load_model(cfg, method: str):
         parameter.requires_grad = method == "full" and "pooler" not in name
     if method != "full":
         has_pooler = getattr(model.transformers_model, "pooler", None) is not None
+        targets = models.lora_targets(model.transformers_model, cfg.target_modules, skip=("pooler",))
         torch.manual_seed(cfg.seed)  # LoRA's A is drawn by add_adapter
         model.add_adapter(LoraConfig(
             task_type="FEATURE_EXTRACTION", r=cfg.lora_r, lora_alpha=cfg.lora_alpha,
-            lora_dropout=cfg.lora_dropout, bias="none",
-            target_modules=models.lora_targets(model.transformers_model, cfg.target_modules, ("pooler",)),
+            lora_dropout=cfg.lora_dropout, bias="none", target_modules=targets,
             exclude_modules=["pooler.dense"] if has_pooler else None))
         for parameter in trained(model).values():
             parameter.data = parameter.data.float()  # bf16 rounds away a step of 1e-4 on a weight of 0.05
@@ -163,7 +163,9 @@ def trained(model) -> dict:
 def contrastive_loss(model, scale: float, rows_at_once: int | None = None):
     """Cross-entropy of picking a pair's other side among the batch, in both directions, averaged.
 
-    With `rows_at_once` the batch is computed in parts, to the same loss and gradients (GradCache).
+    "per_direction": the softmax of a query is over documents, that of a document over queries. With several
+    processes, all their batches count. With `rows_at_once` the batch is computed in parts, to the same loss
+    and gradients (GradCache).
     """
     options = dict(scale=scale, similarity_fct=cos_sim_fp32, directions=("query_to_doc", "doc_to_query"),
                    partition_mode="per_direction", gather_across_devices=training.PROCESSES > 1)
@@ -196,9 +198,7 @@ class Trainer(SentenceTransformerTrainer):
         save_file(trained(self.model), Path(output_dir) / "trained.safetensors")
 
     def _load_from_checkpoint(self, checkpoint_path):
-        stored = load_file(Path(checkpoint_path) / "trained.safetensors")
-        for name, parameter in trained(self.model).items():
-            parameter.data.copy_(stored[name])
+        self.model.load_state_dict(load_file(Path(checkpoint_path) / "trained.safetensors"), strict=False)
 
 
 def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, method: str = "qlora"):
@@ -213,7 +213,7 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
         torch.cuda.set_device(models.device())  # bitsandbytes quantises on the current one
     model = load_model(cfg, method)
 
-    # before `rows_at_once`, which needs the process group that this starts
+    # also starts the process group, through which `batches.rows_at_once` asks the other processes
     last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
     lengths = batches.token_lengths(model, rows)
     order = batches.schedule(rows, lengths, cfg)
@@ -238,6 +238,7 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
         prompts={side: model.prompts[kind] for side, kind in task.SIDES.items()},
         # every process takes its part of the same global batch
         per_device_train_batch_size=per_process, accelerator_config={"split_batches": True},
+        # the order of `batches.schedule`, whatever sampler the library would make
         batch_sampler=lambda *_, **__: BatchSampler(list(chain(*order)), cfg.batch_size, drop_last=True),
         # the best and the last checkpoint are kept
         eval_strategy="steps", eval_steps=eval_every, eval_on_start=not last, metric_for_best_model="mrr@10",
@@ -282,6 +283,8 @@ def save(model, cfg, folder: Path, search: task.Retrieval) -> dict:
     for name in ("adapter", "merged"):
         shutil.rmtree(folder / name, ignore_errors=True)
     config = model.transformers_model.peft_config["default"]
+    if not isinstance(config.target_modules, str):  # PEFT's set has another order in every process
+        config.target_modules = sorted(config.target_modules)
     config.base_model_name_or_path = None  # with a name, PEFT asks a hub whether the vocabulary has grown
     model.save_pretrained(str(folder / "adapter"), create_model_card=False)
     config.base_model_name_or_path, config.revision = models.public_name(cfg.model)

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -29,14 +28,15 @@ from sentence_transformers import SentenceTransformer
 from common import models, stats
 from task2_encoder import task
 
-
-@dataclass(frozen=True)
-class Config(task.Config):
-    # Queries of the lists "most improved" and "most harmed".
-    n_extremes: int = 10
+EXTREMES = 10  # queries of the lists "most improved" and "most harmed"
 
 
-PROFILES = {"smoke": dict(n_extremes=2), "cpu": dict(), "gpu": dict()}
+def compared(table: str, before: list, after: list, metrics, **more) -> list:
+    """Result rows of the difference, of the base and of the tuned encoder."""
+    rows = stats.delta_rows(table, "delta", before, after, metrics)
+    for name, items in (("base", before), ("tuned", after)):
+        rows += stats.rows_of(table, name, items, metrics, **more)
+    return rows
 
 
 def slices(rows: list, queries: dict) -> dict[str, set]:
@@ -52,8 +52,8 @@ def slices(rows: list, queries: dict) -> dict[str, set]:
     return {f"slice: {name}": own for name, own in members.items() if len(own) >= 2}
 
 
-def extremes(before: list, after: list, rows: list, k: int) -> list:
-    """The k queries whose reciprocal rank rose and fell most, as result rows with names and ranks only.
+def extremes(before: list, after: list, rows: list) -> list:
+    """The queries whose reciprocal rank rose and fell most, as result rows with names and ranks only.
 
     Ties are broken by rank, then by id. A rank below task.DEPTH is None.
     """
@@ -67,7 +67,7 @@ def extremes(before: list, after: list, rows: list, k: int) -> list:
     return [task.row("examples", kind, "rank", new["rank"], before=old["rank"], id=old["id"],
                      item=names[old["id"]], first_before=names[old["ranked"][0]],
                      first_after=names[new["ranked"][0]])
-            for kind, pairs in (("most improved", order[::-1][:k]), ("most harmed", order[:k]))
+            for kind, pairs in (("most improved", order[::-1][:EXTREMES]), ("most harmed", order[:EXTREMES]))
             for old, new in pairs]
 
 
@@ -95,20 +95,17 @@ def main(run):
     after, vectors = task.measure(task.load_adapter(adapter, cfg), searches, cfg, test)
 
     # before and after, on every search, as features for topics, and on slices of the pool
-    rows = task.rows_of(before, "base", searches) + task.rows_of(after, "tuned", searches)
-    deltas = {name: stats.delta_rows(name, "delta", before[name], after[name], task.metrics_of(name))
-              for name in after}
-    rows += chain(*deltas.values())
+    tables = {name: compared(name, before[name], after[name], task.METRICS, documents=len(search.documents))
+              for name, search in searches.items()}
+    rows = list(chain(*tables.values()))
     if "downstream" in after:
+        rows += compared("downstream", before["downstream"], after["downstream"], [task.ACCURACY])
         n, sizes = len(after["downstream"]), Counter(item["topic"] for item in after["downstream"])
         rows += [task.row("downstream", "majority", "accuracy", max(sizes.values()) / n, n=n)]
     pool = searches["pool"]
-    size = {"documents": len(pool.documents)}
     for name, members in slices(test, pool.queries).items():
         old, new = ([item for item in items["pool"] if item["id"] in members] for items in (before, after))
-        for side, items in (("base", old), ("tuned", new)):
-            rows += stats.rows_of(name, side, items, [task.MRR], **size)
-        rows += stats.delta_rows(name, "delta", old, new, [task.MRR])
+        rows += compared(name, old, new, [task.MRR], documents=len(pool.documents))
 
     # what was saved, as others open it: the adapter on the fp32 base, the merged model with the plain library
     fp32 = {"dtype": torch.float32}  # however it is stored
@@ -117,8 +114,7 @@ def main(run):
     opened = {name: task.embed(model, pool, cfg.eval_batch_size) for name, model in opened.items()}
     parity = {f"{name} against fp32 + adapter": task.largest_difference(opened["fp32 + adapter"], other)
               for name, other in (("merged fp32", opened["merged fp32"]), (tuned, vectors))}
-    if parity["merged fp32 against fp32 + adapter"] > 1e-5:
-        raise SystemExit(f"{results.shown(merged)} is not base + adapter: embeddings differ by {parity}")
+    assert parity["merged fp32 against fp32 + adapter"] < 1e-5, f"merged/ is not base + adapter: {parity}"
     rows += [task.row("parity", name, "largest embedding difference", value)
              for name, value in parity.items()]
 
@@ -129,16 +125,16 @@ def main(run):
     for name in (base, tuned):
         systems[f"RRF of BM25 and {name}"] = task.evaluate(pool, task.fuse(systems["BM25"], systems[name]))
     for name, items in systems.items():
-        rows += stats.rows_of("systems", name, items, task.METRICS, **size)
+        rows += stats.rows_of("systems", name, items, task.METRICS)
         rows += stats.delta_rows("systems minus fp32 base", name, systems["fp32 base"], items, [task.MRR])
 
-    examples = extremes(before["pool"], after["pool"], test, cfg.n_extremes)
+    examples = extremes(before["pool"], after["pool"], test)
     results.write_atomic(run.folder / "examples.md", examples_text(examples, test))
     results.write_atomic(run.folder / "items_tuned.json", json.dumps(after))
     run.save(rows + examples, artifacts=["items_tuned.json", "examples.md"])
-    mrr = deltas["pool"][0]
+    mrr = tables["pool"][0]
     run.log(delta_mrr=mrr["value"], **{key: mrr[key] for key in ("lo", "hi", "p", "n", "verdict")})
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    results.start(main, task.Config, task.PROFILES)

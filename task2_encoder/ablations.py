@@ -25,7 +25,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from common import models, stats, training
@@ -48,7 +48,7 @@ PROFILES = {
     "gpu": dict(),
 }
 CONTROL = "shuffled pairs"
-FACTS = ("trainable_parameters", "dev_mrr_before", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps")
+FACTS = ("trainable_parameters", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps")
 
 
 def ablations(cfg) -> dict:
@@ -111,14 +111,13 @@ def main(run):
         if cfg == as_trained and method == "qlora" and name != CONTROL:
             continue  # that is what 03 trained
         pairs = shuffled(rows, cfg.seed) if name == CONTROL else rows
-        done[name] = results.cached(folder / "row.json", [asdict(cfg), method, data_hash],
+        done[name] = results.cached(folder / "row.json", [vars(cfg), method, data_hash],
                                     partial(train_row, folder, cfg, method, pairs))
         run.log(row=name.replace(" ", "_"), test_mrr=task.mean_mrr(done[name]["items"]))
 
     table = []
     for name, row in done.items():
-        table += stats.rows_of("ablation", name, row["items"], (task.MRR, task.NDCG),
-                               documents=len(pool.documents))
+        table += stats.rows_of("ablation", name, row["items"], [task.MRR])
         table += stats.delta_rows("ablation minus base", name, base, row["items"], [task.MRR])
         if name != "as in 03":
             table += stats.delta_rows("ablation minus 03", name, tuned, row["items"], [task.MRR])

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import bm25s
 import numpy as np
@@ -21,7 +22,7 @@ from nltk.stem.porter import PorterStemmer
 from peft import PeftModel
 from sentence_transformers.util import semantic_search
 
-from common import models, stats
+from common import models
 from common.corpus import body_key, general_english, normalise
 from common.stats import Metric
 
@@ -85,8 +86,8 @@ DEPTH = 100  # ranks kept per query: enough to say "from 57 to 1", and what rank
 
 def load_encoder(cfg, precision: str | None = None):
     """The encoder of these knobs, in eval mode; with `precision` in another number format than the knob's."""
-    prompts = {"query": cfg.query_prompt, "document": cfg.document_prompt}
-    prompts = {kind: text for kind, text in prompts.items() if text != "own"}
+    knobs = ("query", cfg.query_prompt), ("document", cfg.document_prompt)
+    prompts = {kind: text for kind, text in knobs if text != "own"}
     model = models.load_encoder(cfg.model, precision or cfg.precision, cfg.compute, cfg.double_quant,
                                 cfg.max_tokens, prompts)
     if model.default_prompt_name not in model.prompts:  # "passage" became "document": it would not open again
@@ -106,8 +107,7 @@ def load_adapter(folder: Path, cfg, precision: str | None = None):
 
 # ----------------------------------------------------------------------------------------------- retrieval
 
-@dataclass(frozen=True)
-class Retrieval:
+class Retrieval(NamedTuple):
     """Queries {id: text}, documents {id: text}, and the ids of each query's right answers {query id: set}."""
     queries: dict
     documents: dict
@@ -139,8 +139,7 @@ def searches(rows: list, cfg) -> dict[str, Retrieval]:
     """
     asked = [row for row in rows if row["pool"]]
     pool, everything = retrieval(asked), retrieval(rows)
-    relevant = {query: everything.relevant[query] for query in pool.queries}
-    chosen = {"pool": pool, "full": Retrieval(pool.queries, everything.documents, relevant)}
+    chosen = {"pool": pool, "full": Retrieval(pool.queries, everything.documents, pool.relevant)}
     if cfg.data == "corpus":
         chosen["masked"] = retrieval(masked(asked))
     return chosen | {"general": retrieval(general_rows(cfg.n_general))}
@@ -195,9 +194,9 @@ def bm25(search: Retrieval) -> list:
     index = bm25s.BM25(k1=1.5, b=0.75)
     index.index([terms(text) for text in search.documents.values()], show_progress=False)
     queries = [terms(query) for query in search.queries.values()]
-    places, scores = index.retrieve(queries, k=min(DEPTH, len(search.documents)), show_progress=False)
-    ids = list(search.documents)
-    return [dict(zip([ids[i] for i in row], values)) for row, values in zip(places, scores.tolist())]
+    found, scores = index.retrieve(queries, list(search.documents), k=min(DEPTH, len(search.documents)),
+                                   show_progress=False)
+    return [dict(zip(ids, values)) for ids, values in zip(found.tolist(), scores.tolist())]
 
 
 def terms(text: str) -> list[str]:
@@ -273,19 +272,13 @@ def average_precision(item: dict) -> float:
 
 
 MRR = Metric("mrr@10", "MRR@10", reciprocal_rank, better="higher")
-NDCG = Metric("ndcg@10", "nDCG@10", ndcg, better="higher")
 METRICS = (
     MRR,
-    NDCG,
+    Metric("ndcg@10", "nDCG@10", ndcg, better="higher"),
     Metric("map@10", "MAP@10", average_precision, better="higher"),
     *(Metric(f"recall@{k}", f"recall@{k}", recall(k), better="higher") for k in (1, 5, 10)),
 )
 ACCURACY = Metric("accuracy", "accuracy of the topic", "correct", better="higher", binary=True)
-
-
-def metrics_of(table: str) -> tuple:
-    """What is computed from the items of `measure`, by their name."""
-    return (ACCURACY,) if table == "downstream" else METRICS
 
 
 def mean_mrr(items: list) -> float:
@@ -318,15 +311,6 @@ def measure(model, asked: dict, cfg, rows: list = ()) -> tuple:
     if len({row["topic"] for row in members}) > 1:
         measured["downstream"] = probe_topics(vectors["document"], members, cfg.seed)
     return measured, vectors
-
-
-def rows_of(measured: dict, name: str, asked: dict) -> list:
-    """Result rows of what `measure` returned; those of a search say how many documents it had."""
-    rows = []
-    for table, items in measured.items():
-        size = {"documents": len(asked[table].documents)} if table in asked else {}
-        rows += stats.rows_of(table, name, items, metrics_of(table), **size)
-    return rows
 
 
 FOLDS = 5  # of the topic probe

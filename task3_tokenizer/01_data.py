@@ -78,9 +78,9 @@ def list_of_terms(cfg):
 
 def choose(cfg, tokenizer, candidates, path, train, held_out):
     """The terms of the list, or all candidates that were accepted, best first: {term, anchors,
-    negative_anchors, definition}. SystemExit for a listed one that has too few documents."""
+    negative_anchors}. SystemExit for a listed one that has too few documents."""
     if path is None:
-        return [{"term": r["term"], "anchors": [], "negative_anchors": [], "definition": ""}
+        return [{"term": r["term"], "anchors": [], "negative_anchors": []}
                 for r in candidates if r["rejected"] is None]
     chosen = terms.read_terms(path, tokenizer)
     for row in chosen:
@@ -115,17 +115,17 @@ def main(run):
     general = sorted({" " + " ".join(text.split()) for text in sciq if len(text) > 200})
     candidates = terms.find(tokenizer, train, held_out, general, cfg.least_texts, cfg.least_held_out)
     chosen = choose(cfg, tokenizer, candidates, path, train, held_out)
-    extended, _ = vocabulary.extend(tokenizer, [row["term"] for row in chosen])
+    words = [row["term"] for row in chosen]
+    extended, _ = vocabulary.extend(tokenizer, words)
 
     def fits(window):  # if a token reached over the borders of the term, it could not be scored on its own
         return all(task.encode(way, window)[1] is not None for way in (tokenizer, extended))
 
     # Training windows; a term stays if it has enough that are no near copies of each other.
-    drawn = [window for row in chosen
-             for window in windows.draw(split["train"], row["term"], 2 * cfg.n_windows, rng, fits, set())]
+    drawn = windows.draw(split["train"], words, 2 * cfg.n_windows, rng, fits)
     taught = windows.distinct([], drawn, "term", cfg.n_windows)
     n_train = Counter(w["term"] for w in taught)
-    few = [row["term"] for row in chosen if n_train[row["term"]] < cfg.least_windows]
+    few = [word for word in words if n_train[word] < cfg.least_windows]
     if path and few:
         n = n_train[few[0]]
         raise SystemExit(f"{path.name}: {few[0]!r} has {n} distinct windows to train on, {cfg.least_windows} "
@@ -136,18 +136,17 @@ def main(run):
                          f"{cfg.least_windows} distinct windows in them and {cfg.least_held_out} held-out "
                          "documents: more texts, or SET='least_texts=.. least_windows=.. least_held_out=..'")
     words = [row["term"] for row in chosen]
-    extended, added = vocabulary.extend(tokenizer, words)
+    extended, pieces_of = vocabulary.extend(tokenizer, words)
     taught = [w for w in taught if w["term"] in words]
 
     # Held-out windows, the rarest term first, because a document serves one term only; and texts of other
     # kinds.
-    dev = [w for word in words for w in windows.draw(split["dev"], word, cfg.n_dev, rng, fits, set())]
-    spread, taken = {r["term"]: r["held_out_documents"] for r in candidates}, set()
-    uses = [w for word in sorted(words, key=lambda w: spread.get(w, 0))
-            for w in windows.draw(split["test"], word, 3 * cfg.n_uses, rng, fits, taken)]
+    dev = windows.draw(split["dev"], words, cfg.n_dev, rng, fits)
+    spread = {r["term"]: r["held_out_documents"] for r in candidates}
+    rarest_first = sorted(words, key=lambda word: spread.get(word, 0))
+    uses = windows.draw(split["test"], rarest_first, 3 * cfg.n_uses, rng, fits, once=True)
     uses.sort(key=lambda w: words.index(w["term"]))
-    new_ids = {entry["id"] for entry in added.values()}
-    without = [text for text in held_out if not new_ids & {*task.ids_of(extended, text)}]
+    without = [text for text in held_out if pieces_of.keys().isdisjoint(task.ids_of(extended, text))]
     pools = {"any text": held_out, "without terms": without, "general English": general}
     others = [{"set": kind, "text": shortened(text)} for kind, pool in pools.items()
               for text in rng.sample(pool, min(len(pool), 2 * cfg.n_texts))]
@@ -167,7 +166,7 @@ def main(run):
     counts = {"documents": len(docs), **{f"{name}_documents": len(part) for name, part in split.items()},
               "candidates": len(candidates),
               "accepted": sum(r["rejected"] is None for r in candidates), "terms_taken": len(words),
-              "new_entries": len(added), "training_windows": len(taught),
+              "new_entries": len(pieces_of), "training_windows": len(taught),
               "least_training_windows_of_a_term": min(n_train[word] for word in words),
               "held_out_uses": len(uses), "held_out_windows_near_training": leaks}
     table = [{"table": "counts", "name": "all", "metric": k, "value": v} for k, v in counts.items()]
@@ -176,7 +175,7 @@ def main(run):
     table += [{"table": "terms", "name": r["term"], "metric": "training_windows", "value": n_train[r["term"]],
                "held_out_uses": n_uses[r["term"]], **r} for r in chosen]
     run.folder.mkdir(parents=True, exist_ok=True)
-    lexicon = {"terms": chosen, "added": added}
+    lexicon = {"terms": chosen, "pieces_of": list(pieces_of.items())}  # JSON has no numbers as keys
     results.write_atomic(run.folder / "terms.json", json.dumps(lexicon, ensure_ascii=False))
     shutil.rmtree(run.folder / "tokenizer", ignore_errors=True)
     extended.save_pretrained(run.folder / "tokenizer")

@@ -56,27 +56,24 @@ def main(run):
     for word, new_id in lexicon.ids.items():
         ids = task.ids_of(tokenizer, f" {word}")
         pieces = [tokenizer.decode([i]) for i in ids]
-        print(f"{word!r}: {' | '.join(map(repr, pieces))}  ids {ids}  ->  new id {new_id}")
+        print(f"{word!r}: pieces {pieces}, ids {ids} -> new id {new_id}")
         table.append({"table": "pieces", "name": word, "metric": "pieces", "value": len(ids), "ids": ids,
                       "pieces": pieces, "bytes": len(f" {word}".encode()), "new_id": new_id})
-    table += [{"table": "between", "name": entry, "metric": "id", "value": what["id"],
-               "text": tokenizer.convert_tokens_to_string([entry])}
-              for entry, what in lexicon.added.items() if what["term"] is None]
 
-    texts = [row["text"] for rows in task.test_sets(run).values() for row in rows]
+    tests = task.test_sets(run)
+    texts = [row["text"] for rows in tests.values() for row in rows]
     table += compare_ways(tokenizer, lexicon.new, words, texts)
 
     model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
     matrix = model.get_input_embeddings().weight
     table += [{"table": "size", "name": "base", "metric": k, "value": v} for k, v in {
         "vocabulary": len(matrix), "hidden": matrix.shape[1],
-        "tied": int(model.config.tie_word_embeddings), "new_rows": len(lexicon.added)}.items()]
-    items = task.measure(run, model, tokenizer)
+        "tied": int(model.config.tie_word_embeddings), "new_rows": len(lexicon.pieces_of)}.items()]
+    items = task.measure(cfg, model, tokenizer, tests)
     for kind, own in items.items():
         table += task.rows_of(kind, "base", own)
-    table += [{"table": "definitions", "name": word, "metric": "text", "value": None, "text": text}
-              for word, text in task.define(model, tokenizer, words, cfg).items()]
-    results.write_atomic(run.folder / "items_base.json", json.dumps(items))
+    stored = {"items": items, "definitions": task.define(model, tokenizer, words, cfg)}
+    results.write_atomic(run.folder / "items_base.json", json.dumps(stored))
     run.save(table, artifacts=["items_base.json"])
     bits = next(row for row in table if (row["table"], row["metric"]) == ("term windows", "bits_per_byte"))
     run.log(base_bits_per_byte=bits["value"])

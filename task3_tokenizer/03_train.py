@@ -26,16 +26,14 @@ import gc
 import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from common import models, training
 from task3_tokenizer import embeddings, task, windows
@@ -120,7 +118,8 @@ PROFILES = {
 # ----------------------------------------------------------------------------------------- stages and arms
 
 class Stage(NamedTuple):
-    """What a stage trains: the arm's rows; the whole matrices, if they have a rate; and LoRA on `layers`."""
+    """What a stage trains: the arm's rows; the whole matrices, if they have a rate; and LoRA on `layers`,
+    "attention" or "all-linear"."""
     texts: int  # of each term
     lr_rows: float
     lr_matrices: float | None = None
@@ -141,10 +140,11 @@ def stages(cfg, batch_size: int) -> dict[str, Stage]:
 
 
 class Arm(NamedTuple):
+    """One of the two models. A token's id is the number of its row in both matrices."""
     name: str
     tokenizer: object
-    pieces_of: dict[int, list[int]]  # {row to initialise: the rows it is made of}
-    ids: list[int]  # rows that learn in every stage
+    pieces_of: dict[int, list[int]]  # {id whose rows get first values: the ids they are made from}
+    ids: list[int]  # whose rows learn in every stage
 
 
 def arms(lexicon: task.Lexicon) -> list[Arm]:
@@ -174,13 +174,15 @@ def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
 
 def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: list[dict], batch_size: int,
                 dev: list[dict], log) -> dict:
-    """Train the checkpoint `source` on windows, in their order and once, and save it as `target`: LoRA is
-    merged, and rows and matrices are rounded to the model's own format. Returns the stats."""
-    transformers.set_seed(cfg.seed)
+    """Train the checkpoint `source` on the windows `texts`, in their order and once, and save it as `target`:
+    LoRA is merged, and rows and matrices are rounded to the model's own format. Returns the stats."""
+    set_seed(cfg.seed)
     model = models.load_decoder(str(source), models.compute_name(cfg.compute))
-    plain, frozen = embeddings.both(model), stage.lr_matrices is None
-    rows, matrices = embeddings.train_rows(model, arm.ids, whole=not frozen)
-    learn = [{"params": rows, "lr": stage.lr_rows}, {"params": matrices, "lr": stage.lr_matrices}]
+    plain = embeddings.both(model)
+    rows, matrices = embeddings.train_rows(model, arm.ids, whole=stage.lr_matrices is not None)
+    learn = [{"params": rows, "lr": stage.lr_rows}]
+    if matrices:
+        learn.append({"params": matrices, "lr": stage.lr_matrices})
     if stage.layers:
         attention = [name for name in models.linear_layers(model) if "attn" in name or "attention" in name]
         model = get_peft_model(model, LoraConfig(
@@ -190,19 +192,19 @@ def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: 
             parameter.requires_grad_(True)
         lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         learn.append({"params": lora, "lr": stage.lr_lora})
-    learn = [group for group in learn if group["params"]]
     stats = fit(cfg, model, arm.tokenizer, learn, texts, batch_size, log, f"{arm.name}/{target.name}")
 
+    # back to a plain model, with what was learnt written into its own two matrices
     model = model.merge_and_unload() if stage.layers else model
     model.set_input_embeddings(plain[0])
     model.set_output_embeddings(plain[1])
     model.config.use_cache = True  # the Trainer turned it off, which would make generation slow
-    before = [layer.weight.detach().float() for layer in plain]
+    before = [layer.weight.detach().to(torch.float32, copy=True) for layer in plain]
     embeddings.write_rows(model, arm.ids, rows, matrices)
     for side, old, layer in zip(("input", "output"), before, plain):
         moved = (layer.weight.detach().float() - old).abs()
         moved[arm.ids] = 0
-        assert not frozen or not moved.any(), f"{target}: rows moved that this stage does not train"
+        assert matrices or not moved.any(), f"{target}: rows moved that this stage does not train"
         stats[f"{side}_largest_change_of_other_rows"] = moved.max().item()
     return stats | save(cfg, arm, target, model, dev)
 
@@ -221,10 +223,10 @@ class WindowTrainer(Trainer):
         return torch.nn.functional.cross_entropy(logits, inputs["input_ids"][:, self.n_start:][real])
 
 
-def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: int, log, name: str) -> dict:
-    """Train the parameter groups `learn` {"params", "lr"} of `model` on the windows `rows`; returns stats."""
+def fit(cfg, model, tokenizer, learn: list[dict], texts: list[dict], batch_size: int, log, name: str) -> dict:
+    """Train the parameter groups `learn` {"params", "lr"} of `model` on windows; returns stats."""
     start = task.start_ids(tokenizer)
-    lines = [[*start, *task.ids_of(tokenizer, row["text"])] for row in rows]
+    lines = [[*start, *task.ids_of(tokenizer, row["text"])] for row in texts]
     steps, precision = math.ceil(len(lines) / batch_size), models.compute_name(cfg.compute)
     args = TrainingArguments(
         output_dir=str(results.ROOT / "runs"), save_strategy="no", remove_unused_columns=False, seed=cfg.seed,
@@ -241,11 +243,11 @@ def fit(cfg, model, tokenizer, learn: list[dict], rows: list[dict], batch_size: 
     started = time.time()
     trainer.train()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # undoes the autocast around its forward
-    readings = [reading for reading in trainer.state.log_history if "loss" in reading]
-    stats = {"steps": steps, "texts": len(rows), "tokens": sum(map(len, lines)),
+    stats = {"steps": steps, "texts": len(texts), "tokens": sum(map(len, lines)),
              "seconds": time.time() - started,
              "trainable_parameters": sum(p.numel() for group in learn for p in group["params"]),
-             "losses": [{"step": reading["step"], "value": reading["loss"]} for reading in readings]}
+             "losses": [{"step": reading["step"], "value": reading["loss"]}
+                        for reading in trainer.state.log_history if "loss" in reading]}
     del trainer
     gc.collect()  # trainer and model hold each other, and with them the optimizer's state
     return stats
@@ -264,45 +266,40 @@ def save(cfg, arm: Arm, target: Path, model, dev: list[dict]) -> dict:
 
 # ---------------------------------------------------------------------------------------------- all stages
 
-def train(cfg, arm: Arm, folder: Path, rows: list[dict], dev: list[dict], made_from: str,
+def train(cfg, arm: Arm, folder: Path, texts: list[dict], dev: list[dict], made_from: str,
           log) -> Iterator[tuple[str, dict]]:
-    """Train one arm on the windows `rows`, checkpoint after checkpoint under `folder`; yields (stage, stats),
-    "init" first. A finished stage has stage.json, and is not repeated for the same knobs, code and
-    `made_from`."""
-    batch_size = min(cfg.batch_size, len(windows.by_term(rows)))
-    plan, seed = stages(cfg, batch_size), cfg.seed
-    parts = windows.split_into_stages(rows, {name: stage.texts for name, stage in plan.items()})
-
-    def once(name, make, *arguments):
-        given = [vars(cfg), made_from, arm.name, name]
-        return name, results.cached(folder / name / "stage.json", given, partial(make, cfg, arm, *arguments))
-    yield once("init", save_untrained, folder / "init", dev)
-    source = folder / "init"
+    """Train one arm on windows, checkpoint after checkpoint under `folder`; yields (stage, stats), "init"
+    first. A finished stage has stage.json, and is not repeated for the same knobs, code and `made_from` (the
+    hash of 01's result)."""
+    batch_size = min(cfg.batch_size, len(windows.by_term(texts)))
+    plan = stages(cfg, batch_size)
+    parts = windows.split_into_stages(texts, {name: stage.texts for name, stage in plan.items()})
+    jobs = {"init": partial(save_untrained, cfg, arm, folder / "init", dev)}
+    source, seed = folder / "init", cfg.seed
     for name, stage in plan.items():
         ordered = windows.interleave_terms(parts[name], seed, batch_size)
-        yield once(name, train_stage, stage, source, folder / name, ordered, batch_size, dev, log)
-        source, seed = folder / name, seed + max(map(len, windows.by_term(parts[name])))
+        target = folder / name
+        jobs[name] = partial(train_stage, cfg, arm, stage, source, target, ordered, batch_size, dev, log)
+        source = target
+        seed += max(map(len, windows.by_term(parts[name])))  # no stage repeats the order of another
+    for name, job in jobs.items():
+        yield name, results.cached(folder / name / "stage.json", [vars(cfg), made_from, arm.name, name], job)
 
 
 def main(run):
-    cfg, data, lexicon = run.cfg, results.result_hash(run.load("01_data")), task.lexicon(run)
-    rows, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
-    asked = {name: stage.texts for name, stage in stages(cfg, cfg.batch_size).items()}
-    n_windows = Counter(row["term"] for row in rows)
-    table = [{"table": "texts of a term", "name": term, "stage": stage, "metric": "texts", "value": texts}
-             for term, n in n_windows.items()
-             for stage, texts in windows.texts_per_stage(asked, n).items()]
-    tokens, seconds, dev_bits = 0, 0.0, {}
-    for arm in arms(lexicon):
-        for stage, stats in train(cfg, arm, run.folder / arm.name, rows, dev, data, run.log):
+    data, table, dev_bits = results.result_hash(run.load("01_data")), [], {}
+    texts, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
+    for arm in arms(task.lexicon(run)):
+        for stage, stats in train(run.cfg, arm, run.folder / arm.name, texts, dev, data, run.log):
             about = {"name": arm.name, "stage": stage}
             losses = stats.pop("losses", [])
             table += [{"table": "curve", **about, "metric": "loss", **loss} for loss in losses]
             table += [{"table": "training", **about, "metric": k, "value": v} for k, v in stats.items()
                       if k != "identity"]
-            tokens, seconds = tokens + stats.get("tokens", 0), seconds + stats.get("seconds", 0)
             dev_bits[f"dev_bits_per_byte_{arm.name}"] = stats["dev_bits_per_byte"]
             run.log(arm=arm.name, stage=stage, dev_bits_per_byte=stats["dev_bits_per_byte"])
+    tokens, seconds = (sum(row["value"] for row in table if row["metric"] == metric)
+                       for metric in ("tokens", "seconds"))
     run.save(table, tokens_per_second=tokens / seconds,
              artifacts=[f"{arm}/{stage}" for arm in ("new", "control") for stage in ("init", *task.STAGES)])
     run.log(**dev_bits)

@@ -5,7 +5,7 @@ saw the same texts in the same stages without new tokens: compared with the untr
 like a success of the new tokens.
 
 Reads   02_baseline.json and items_base.json of 02, {new,control}/ of 03
-Writes  results/<run>/task3_tokenizer/04_eval.json, runs/<run>/task3_tokenizer/{items.json,examples.md}
+Writes  results/<run>/task3_tokenizer/04_eval.json, runs/<run>/task3_tokenizer/items.json
 Needs   about 4 min and 8 GB on 2 cores
 """
 
@@ -25,8 +25,8 @@ import json
 import math
 from dataclasses import dataclass
 
-from common import models
-from task3_tokenizer import embeddings, task
+from common import models, stats
+from task3_tokenizer import embeddings, task, windows
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ LAST = task.STAGES[-1]
 def continuations(model, tokenizer, rows, new_ids, n):
     """Of n held-out beginnings right before each term: how often the term is written, and how often by its id
     in `new_ids` {term: id}."""
-    chosen = [row for k, row in enumerate(rows) if sum(r["term"] == row["term"] for r in rows[:k]) < n]
+    chosen = [row for own in windows.by_term(rows) for row in own[:n]]
     counts = {"continued": len(chosen), "term_written": 0, "term_written_by_new_id": 0}
     written = task.generate(model, tokenizer, [row["text"][:row["start"] - 1] for row in chosen], 8)
     for row, ids in zip(chosen, written):
         text, term = tokenizer.decode(ids, clean_up_tokenization_spaces=False), f" {row['term']}"
         is_term = text.startswith(term) and not text[len(term):][:1].isalnum()
         counts["term_written"] += is_term
-        counts["term_written_by_new_id"] += is_term and ids[0] == new_ids.get(row["term"])
+        counts["term_written_by_new_id"] += is_term and ids[0] == new_ids[row["term"]]
     return counts
 
 
@@ -58,48 +58,46 @@ def term_rows(lexicon, rows, items, old_pieces, cosines, definitions):
     """A result row for each term: bits per occurrence of each model, the new model's words with the id or the
     old pieces ("either": their probabilities added) minus the control's, the nearest words and what the
     models say it means."""
-    table = []
-    for term, new_id in lexicon.ids.items():
-        mine = [k for k, row in enumerate(rows) if row["term"] == term]
-        own = {name: [items[name]["term windows"][k] for k in mine]
-               for name in ("base", f"control {LAST}", "new init", "new a", f"new {LAST}")}
-        new = own[f"new {LAST}"]
-        either = [i | {"term_nats": -math.log(math.exp(-i["term_nats"]) + math.exp(-old["term_nats"]))}
-                  for i, old in zip(new, (old_pieces[k] for k in mine))]
+    control, new, table = f"control {LAST}", f"new {LAST}", []
+    scored = {name: items[name]["term windows"] for name in ("base", control, "new init", "new a", new)}
+    scored["either"] = [by_id | {"term_nats": -math.log(sum(math.exp(-i["term_nats"]) for i in (by_id, old)))}
+                        for by_id, old in zip(scored[new], old_pieces)]
+    for k, term in enumerate(lexicon.ids):
+        own = {name: [item for item, row in zip(part, rows) if row["term"] == term]
+               for name, part in scored.items()}
         bits = {name.replace(" ", "_"): sum(i["term_nats"] for i in part) / len(part) * task.BITS
-                for name, part in (*own.items(), ("either", either))}
-        near = {f"near_{side}_{stage}": next(i["neighbours"] for i in cosines[stage][side] if i["id"] == term)
+                for name, part in own.items()}
+        near = {f"near_{side}_{stage}": cosines[stage][side][k]["neighbours"]
                 for side in ("input", "output") for stage in ("init", LAST)}
         said = {f"definition_{model}": texts[term] for model, texts in definitions.items()}
-        rank = sorted(item["rank"] for item in new)[len(new) // 2]
-        more = {"new_id": new_id, "median_rank": rank} | bits | near | said
-        deltas = task.delta_rows("terms", term, own[f"control {LAST}"], either, **more)
-        table += [row for row in deltas if row["metric"] == "term_bits"]
+        rank = sorted(item["rank"] for item in own[new])[len(own[new]) // 2]
+        table += stats.delta_rows("terms", term, own[control], own["either"], [task.TERM_BITS],
+                                  median_rank=rank, **bits, **near, **said)
     return table
 
 
 def main(run):
     cfg = run.cfg
-    for step in ("01_data", "03_train"):
+    for step in ("01_data", "02_baseline", "03_train"):
         run.load(step)
-    said = {r["name"]: r["text"] for r in run.load("02_baseline")["rows"] if r["table"] == "definitions"}
-    items = {"base": json.loads(run.artifact("02_baseline", "items_base.json").read_text())}
+    base = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
+    items, definitions = {"base": base["items"]}, {"base": base["definitions"]}
     lexicon, tests = task.lexicon(run), task.test_sets(run)
     words, rows = embeddings.whole_words(lexicon.old), tests["term windows"]
-    table, cosines, definitions = [], {}, {"base": said}
+    table, cosines = [], {}
 
     trained = [("new", "init"), *itertools.product(("new", "control"), task.STAGES)]
     for arm, stage in trained:  # the control before training is the base
         name, folder = f"{arm} {stage}", run.artifact("03_train", f"{arm}/{stage}")
-        tokenizer, new_ids = (lexicon.new, lexicon.ids) if arm == "new" else (lexicon.old, {})
+        tokenizer, added = (lexicon.new, lexicon.pieces_of) if arm == "new" else (lexicon.old, ())
         model = models.load_decoder(str(folder), models.compute_name(cfg.compute))
-        items[name] = task.measure(run, model, tokenizer, list(lexicon.pieces_of) if arm == "new" else ())
+        items[name] = task.measure(cfg, model, tokenizer, tests, added)
         for kind, part in items[name].items():
             table += task.rows_of(kind, name, part, stage=stage)
         if arm == "new":
             cosines[stage] = embeddings.cosines(model, tokenizer, lexicon.terms, lexicon.ids, words)
         if stage in ("init", LAST):
-            counts = continuations(model, tokenizer, rows, new_ids, cfg.n_continued).items()
+            counts = continuations(model, tokenizer, rows, lexicon.ids, cfg.n_continued).items()
             table += [{"table": "continued", "name": name, "metric": k, "value": v} for k, v in counts]
         if stage == LAST:
             definitions[arm] = task.define(model, tokenizer, list(lexicon.ids), cfg)
@@ -123,15 +121,10 @@ def main(run):
             table += task.rows_of("cosines", side, own, stage=stage)
             if stage != "init":
                 table += task.delta_rows("cosines minus init", side, cosines["init"][side], own, stage=stage)
-    terms = term_rows(lexicon, rows, items, old_pieces, cosines, definitions)
+    table += term_rows(lexicon, rows, items, old_pieces, cosines, definitions)
 
     results.write_atomic(run.folder / "items.json", json.dumps(items))
-    # The test texts of each term, the best predicted first: they are quotes, for this machine only.
-    scored = sorted((row["term"], item["term_nats"] * task.BITS, row["text"])
-                    for row, item in zip(rows, items[f"new {LAST}"]["term windows"]))
-    text = "".join(f"- {term}, {bits:.1f} bits:{text}\n" for term, bits, text in scored)
-    results.write_atomic(run.folder / "examples.md", text)
-    run.save(table + terms, artifacts=["items.json", "examples.md"])
+    run.save(table, artifacts=["items.json"])
     key = ("minus control: term windows", f"new {LAST}")
     delta = next(row for row in table if (row["table"], row["name"]) == key)
     run.log(minus_control=delta["value"], **{key: delta[key] for key in ("lo", "hi", "p", "n", "verdict")})

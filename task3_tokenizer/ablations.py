@@ -65,23 +65,13 @@ ROWS = {
 CURVE = "texts per token"
 
 
-def stored(run, name: str, given: list, make, *arguments) -> dict:
-    """What `make(folder, *arguments)` returned, stored as results.cached says; the folder it trains in is
-    removed."""
-    folder = run.folder / "ablations" / name.replace(" ", "-")
-    values = results.cached(folder.with_suffix(".json"), [name, *given], partial(make, folder, *arguments))
-    shutil.rmtree(folder, ignore_errors=True)
-    return values
-
-
-def trained(folder, cfg, arm, n_stages, rows, dev, data, tests, terms=()):
+def trained(folder, cfg, arm, n_stages, texts, dev, data, tests, terms):
     """{kind: items} of `tests` {kind: rows}, scored after the first stages of `arm`, the stats of the last of
     them, and the "cosines" of the output rows of `terms`, which have one id in the arm's tokenizer."""
-    stages = training.train(cfg, arm, folder, rows, dev, data, lambda **values: None)  # no line for each step
+    stages = training.train(cfg, arm, folder, texts, dev, data, lambda **values: None)  # no line a step
     *_, (last, stats) = itertools.islice(stages, 1 + n_stages)
     model = models.load_decoder(str(folder / last), models.compute_name(cfg.compute))
-    items = {kind: task.score(model, arm.tokenizer, part, cfg.eval_batch_size, list(arm.pieces_of))
-             for kind, part in tests.items()}
+    items = task.measure(cfg, model, arm.tokenizer, tests, arm.pieces_of)
     ids = {row["term"]: task.ids_of(arm.tokenizer, f" {row['term']}")[0] for row in terms}
     cosines = embeddings.cosines(model, arm.tokenizer, terms, ids, {})["output"]
     return {**items, "stats": stats, "cosines": cosines}
@@ -98,23 +88,32 @@ def added_tokens(lexicon):
 def main(run):
     cfg, data = run.cfg, results.result_hash(run.load("01_data"))
     run.load("04_eval")
-    of_03 = partial(results.config_of, training.Config, run.load("03_train")["config"])
-    base_cfg, lexicon, tests = of_03(), task.lexicon(run), task.test_sets(run)
-    rows, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
+    config, lexicon, tests = run.load("03_train")["config"], task.lexicon(run), task.test_sets(run)
+    texts, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
     items = json.loads(run.artifact("04_eval", "items.json").read_text())
     seeds = {f"all stages, seed {k}": k for k in range(1, cfg.seeds + 1)}
     names, table = results.chosen(cfg.only, [*ROWS, CURVE, *seeds]), []
     was_tied = next(r["value"] for r in run.load("02_baseline")["rows"] if r["metric"] == "tied")
-    impossible = {"tied"} if base_cfg.tied or not was_tied else set()
+    if config["tied"] or not was_tied:
+        names = [name for name in names if name != "tied"]
+
+    def train_row(name, changes, arm, n_stages, texts, tests, terms=()):
+        """As `trained`, with knobs of 03 changed; stored, and the checkpoints are removed."""
+        own = results.config_of(training.Config, config, **changes)
+        folder = run.folder / "ablations" / name.replace(" ", "-")
+        train = partial(trained, folder, own, arm, n_stages, texts, dev, data, tests, terms)
+        given = [name, vars(own), data, [row["term"] for row in terms]]
+        values = results.cached(folder.with_suffix(".json"), given, train)
+        shutil.rmtree(folder, ignore_errors=True)
+        return values
 
     # Stage (a) with one thing changed.
     new, control = training.arms(lexicon)
     kinds = ("term windows", "without terms" if "without terms" in tests else "general English")
     done = {"as in 03": items["new a"]}
-    for name in (name for name in names if name in ROWS and name not in impossible):
-        own, arm = of_03(**ROWS[name]), added_tokens(lexicon) if name == "AddedToken" else new
-        done[name] = stored(run, name, [vars(own), data], trained, own, arm, 1, rows, dev, data,
-                            {kind: tests[kind] for kind in kinds})
+    for name in (name for name in names if name in ROWS):
+        arm = added_tokens(lexicon) if name == "AddedToken" else new
+        done[name] = train_row(name, ROWS[name], arm, 1, texts, {kind: tests[kind] for kind in kinds})
         table += task.delta_rows("ablation minus 03", name, items["new a"][kinds[0]], done[name][kinds[0]])
         run.log(row=name.replace(" ", "_"), minus_03=table[-1]["value"])
     for name, kind in itertools.product(done, kinds):
@@ -122,29 +121,28 @@ def main(run):
 
     # Stage (a) with 0 to 200 texts for each of the terms that have most.
     if CURVE in names:
-        words = [word for word, _ in Counter(row["term"] for row in rows).most_common(cfg.n_curve)]
+        words = [word for word, _ in Counter(row["term"] for row in texts).most_common(cfg.n_curve)]
         arm = new._replace(ids=sorted(lexicon.ids[word] for word in words))
-        mine = [k for k, row in enumerate(tests["term windows"]) if row["term"] in words]
-        table += task.rows_of("curve base", "base", [items["base"]["term windows"][k] for k in mine])
+        uses = tests["term windows"]
+        base = [item for item, row in zip(items["base"]["term windows"], uses) if row["term"] in words]
+        table += task.rows_of("curve base", "base", base)
+        own_texts, own_uses, terms = ([row for row in part if row["term"] in words]
+                                      for part in (texts, uses, lexicon.terms))
         # Fewer terms in a batch, yet the full rate: a row has as many windows in a step as with all terms.
-        few = dict(batch_size=min(base_cfg.batch_size, len(words)), texts_b=1, texts_c1=1, texts_c2=1)
-        for texts in map(int, cfg.curve.split()):
-            own = of_03(texts_a=max(1, texts), **few)
-            point = stored(run, f"texts {texts}", [vars(own), data, words], trained, own, arm, int(texts > 0),
-                           [row for row in rows if row["term"] in words], dev, data,
-                           {"term windows": [tests["term windows"][k] for k in mine]},
-                           [row for row in lexicon.terms if row["term"] in words])
-            more = {"texts": texts, "terms": len(words),
+        few = dict(batch_size=min(config["batch_size"], len(words)), texts_b=1, texts_c1=1, texts_c2=1)
+        for n in map(int, cfg.curve.split()):
+            point = train_row(f"texts {n}", {"texts_a": max(1, n), **few}, arm, int(n > 0), own_texts,
+                              {"term windows": own_uses}, terms)
+            more = {"texts": n, "terms": len(words),
                     "windows_per_term": point["stats"].get("texts", 0) / len(words)}
             table += task.rows_of("curve", "new a", point["term windows"], **more)
             table += task.rows_of("curve", "new a", point["cosines"], **more)
 
     # All stages of both arms with other seeds.
-    pairs = {base_cfg.seed: [items[f"{arm.name} {task.STAGES[-1]}"] for arm in (new, control)]}
-    for seed in (base_cfg.seed + seeds[name] for name in names if name in seeds):
-        own = of_03(seed=seed)
-        pairs[seed] = [stored(run, f"seed {seed} {arm.name}", [vars(own), data], trained, own, arm,
-                              len(task.STAGES), rows, dev, data, tests) for arm in (new, control)]
+    pairs = {config["seed"]: [items[f"{arm.name} {task.STAGES[-1]}"] for arm in (new, control)]}
+    for seed in (config["seed"] + seeds[name] for name in names if name in seeds):
+        pairs[seed] = [train_row(f"seed {seed} {arm.name}", {"seed": seed}, arm, len(task.STAGES), texts,
+                                 tests) for arm in (new, control)]
     pairs = pairs if len(pairs) > 1 else {}
     for kind, (seed, (with_new, without)) in itertools.product(tests, pairs.items()):
         more = {"seed": seed, "kind": kind}

@@ -140,8 +140,8 @@ def train_rows(model, ids: list[int], whole: bool = False) -> tuple[list[nn.Para
     outer = RowHead(model.get_output_embeddings(), ids, whole, shared)
     model.set_input_embeddings(inner)
     model.set_output_embeddings(outer)
-    matrices = dict.fromkeys((inner.weight, outer.weight)) if whole else ()
-    return list(dict.fromkeys((inner.rows, outer.rows))), list(matrices)
+    layers = [inner] if shared else [inner, outer]
+    return [layer.rows for layer in layers], [layer.weight for layer in layers if whole]
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from transformers import AutoTokenizer, BatchEncoding
 
 from common import corpus, models, results, stats
 from common.stats import Metric
-from task3_tokenizer import vocabulary
 
 HERE = Path(__file__).parent
 
@@ -34,9 +33,9 @@ class Config:
     # "corpus": docstrings of the installed packages. Or a JSONL/CSV/Parquet file or hub id with a column
     # `text` and, if you like, a column `split` (train, dev, test).
     data: str = "corpus"
-    # Which words become tokens: a CSV with columns term,anchors,negative_anchors,definition; "found" (the
-    # best n_terms that 01 finds by itself); or "ru" (colloquial Russian words, in sentences written for
-    # this). terms.csv here is what 01 found, without the words that mean nothing on their own.
+    # Which words become tokens: a CSV with columns term,anchors,negative_anchors; "found" (the best n_terms
+    # that 01 finds by itself); or "ru" (colloquial Russian words, in sentences written for this). terms.csv
+    # here is what 01 found, without the words that mean nothing on their own, and a definition of each.
     terms: str = "terms.csv"
     # Seed of every sample, shuffle and initialisation. Do not tune it: it only selects the random draw.
     seed: int = 0
@@ -73,9 +72,10 @@ STAGES = ("a", "b", "c1", "c2")
 BITS = 1 / math.log(2)  # per nat
 # Every metric of this task. A metric is reported for the items that have its `top`: a text may have no term
 # in it. Two models are compared by those that say which direction is better.
+TERM_BITS = Metric("term_bits", "bits per occurrence of a term", "term_nats", scale=BITS, better="lower")
 METRICS = [
     Metric("bits_per_byte", "bits per byte of text", "nats", "bytes", BITS, "lower"),
-    Metric("term_bits", "bits per occurrence of a term", "term_nats", scale=BITS, better="lower"),
+    TERM_BITS,
     Metric("after_bits_per_byte", "bits per byte after a term", "after_nats", "after_bytes", BITS, "lower"),
     Metric("reciprocal_rank", "reciprocal rank of the term's first token", "reciprocal_rank"),
     Metric("tokens_per_byte", "tokens per byte of text", "tokens", "bytes"),
@@ -130,21 +130,20 @@ def start_ids(tokenizer) -> list[int]:
 
 class Lexicon(NamedTuple):
     """The words of a run and what they are to both tokenizers."""
-    terms: list[dict]  # {"term", "anchors", "negative_anchors", "definition"}
+    terms: list[dict]  # {"term", "anchors", "negative_anchors"}
     old: object  # the model's own tokenizer
     new: object  # the same with the terms
-    added: dict[str, dict]  # as vocabulary.extend returns it
-    pieces_of: dict[int, list[int]]  # {new id, in-between entries included: the old ids that it replaces}
     ids: dict[str, int]  # {term: its new id}
+    pieces_of: dict[int, list[int]]  # {new id, those in between included: the old ids that it replaces}
 
 
 def lexicon(run) -> Lexicon:
     """What 01 left in terms.json and tokenizer/, with the model's own tokenizer."""
     stored = json.loads(run.artifact("01_data", "terms.json").read_text(encoding="utf-8"))
-    old, added = models.load_tokenizer(run.cfg.model), stored["added"]
     new = AutoTokenizer.from_pretrained(run.artifact("01_data", "tokenizer"), padding_side="left")
-    ids = {entry["term"]: entry["id"] for entry in added.values() if entry["term"]}
-    return Lexicon(stored["terms"], old, new, added, vocabulary.pieces_of(added, old.get_vocab()), ids)
+    ids = {row["term"]: ids_of(new, f" {row['term']}")[0] for row in stored["terms"]}
+    old = models.load_tokenizer(run.cfg.model)
+    return Lexicon(stored["terms"], old, new, ids, dict(stored["pieces_of"]))
 
 
 # -------------------------------------------------------------------------------------------------- scores
@@ -213,10 +212,9 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_
     return items
 
 
-def measure(run, model, tokenizer, new_ids=()) -> dict[str, list[dict]]:
-    """{kind: items} of all `test_sets`: what 02 and 04 compare."""
-    size = run.cfg.eval_batch_size
-    return {kind: score(model, tokenizer, rows, size, new_ids) for kind, rows in test_sets(run).items()}
+def measure(cfg: Config, model, tokenizer, tests: dict[str, list[dict]], new_ids=()) -> dict[str, list[dict]]:
+    """{kind: items} of `test_sets`: what 02 and 04 compare."""
+    return {kind: score(model, tokenizer, rows, cfg.eval_batch_size, new_ids) for kind, rows in tests.items()}
 
 
 def rows_of(table: str, name: str, items: list[dict], **more) -> list[dict]:

@@ -3,23 +3,23 @@ made."""
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections import Counter
 from pathlib import Path
 
+from common import data
 from task3_tokenizer import vocabulary
 
 WORD = re.compile(r"(?<= )[^\W\d_][\w'-]*\w")  # a word after a space; `reject` excludes some
-COLUMNS = ("term", "anchors", "negative_anchors", "definition")
+COLUMNS = ("term", "anchors", "negative_anchors")  # others, like a definition, are for people
 
 
 def count(texts: list[str]) -> tuple[Counter, Counter]:
-    """(occurrences, documents) of every word that follows a space."""
+    """(occurrences, documents) of every word that follows a space, in texts as from `task.documents`."""
     occurrences, documents = Counter(), Counter()
     for text in texts:
-        words = WORD.findall(" " + " ".join(text.split()))
+        words = WORD.findall(text)
         occurrences.update(words)
         documents.update(set(words))
     return occurrences, documents
@@ -62,7 +62,7 @@ def find(tokenizer, train: list[str], held_out: list[str], general: list[str], l
     occurrences, documents = count(train)
     _, held_documents = count(held_out)
     other, _ = count(general)
-    total, other_total, rows = sum(occurrences.values()), max(1, sum(other.values())), []
+    total, other_total, rows = sum(occurrences.values()), sum(other.values()), []
     for word, spread in documents.items():
         entries = vocabulary.pieces(tokenizer, f" {word}")
         if spread >= least / 2 and len(entries) >= 2:
@@ -76,13 +76,13 @@ def find(tokenizer, train: list[str], held_out: list[str], general: list[str], l
 
 
 def read_terms(path: Path, tokenizer) -> list[dict]:
-    """Rows of a hand-made list {term, anchors, negative_anchors (lists), definition}. SystemExit with the
-    line for bad UTF-8, no rows, missing columns, what vocabulary.check_terms refuses, or an anchor that is
-    not a single token."""
+    """Rows of a hand-made list {term, anchors, negative_anchors (lists)}. SystemExit in one line for what
+    data.read_csv or vocabulary.check_terms refuses, no rows, missing columns, or an anchor that is not a
+    single token."""
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
-    except UnicodeDecodeError as err:
-        raise SystemExit(f"{path.name}: not UTF-8 at byte {err.start}; save the file as UTF-8") from None
+        rows = data.read_csv(path)
+    except ValueError as err:
+        raise SystemExit(f"{path.name}: {err}") from None
     if not rows or not set(COLUMNS) <= set(rows[0]):
         raise SystemExit(f"{path.name}: expected columns {', '.join(COLUMNS)} and a line for each term")
     vocabulary.check_terms(tokenizer, [row["term"] for row in rows])
@@ -94,5 +94,5 @@ def read_terms(path: Path, tokenizer) -> list[dict]:
                 if len(pieces := vocabulary.pieces(tokenizer, f" {word}")) != 1:
                     raise SystemExit(f"{path.name} line {number}: {side[:-1]} {word!r} of {row['term']!r} is "
                                      f"{len(pieces)} tokens; an anchor must be one")
-        terms.append({"term": row["term"], **lists, "definition": row["definition"] or ""})
+        terms.append({"term": row["term"], **lists})
     return terms

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
-from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AddedToken, AutoTokenizer
+from transformers import AddedToken
 
 
 def pieces(tokenizer, text: str) -> list[str]:
@@ -35,8 +33,6 @@ def check_terms(tokenizer, terms: list[str]) -> None:
     """SystemExit for what cannot become one new token, with the term and the reason."""
     for term in terms:
         where = f"term {term!r}"
-        if not term or term != term.strip():
-            raise SystemExit(f"{where}: empty, or with spaces around it; write the bare word")
         if terms.count(term) > 1:
             raise SystemExit(f"{where}: stands twice in the list")
         words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(f" {term}")
@@ -48,16 +44,14 @@ def check_terms(tokenizer, terms: list[str]) -> None:
 
 
 def extend(tokenizer, terms: list[str]):
-    """(tokenizer with one id for each " term", {entry: {"id", "term" or None, "left", "right"}} of what was
-    added).
+    """(tokenizer with one id for each " term", {new id: the old ids that it replaces}, in order of new ids).
 
     A word of k pieces needs k - 1 merges, which join its present pieces from left to right, and k - 2 entries
-    in between. They come after all old merges, so text without a new word keeps its ids. A term whose pieces
-    an earlier term changed is built on the changed ones. Entries are in the order of their ids. SystemExit as
-    in `check_terms`; AssertionError if an old id moved or a term is not one token in the end.
+    in between, which get ids too. The merges come after all old ones, so text without a new word keeps its
+    ids. A term whose pieces an earlier term changed is built on the changed ones. `terms` must have passed
+    `check_terms`; AssertionError if an old id moved or a term is not one token in the end.
     """
-    check_terms(tokenizer, terms)
-    old, state, added = tokenizer.get_vocab(), json.loads(tokenizer.backend_tokenizer.to_str()), {}
+    old, state, pieces_of = tokenizer.get_vocab(), json.loads(tokenizer.backend_tokenizer.to_str()), {}
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
     for special in state["added_tokens"]:  # Llama 3 and Qwen have them where ours would go
         vocabulary.setdefault(special["content"], special["id"])
@@ -67,36 +61,19 @@ def extend(tokenizer, terms: list[str]):
         left, *others = present.encode(f" {term}", add_special_tokens=False).tokens
         for right in others:
             if left + right not in vocabulary:  # an entry in between may exist already, also of another term
+                joined = [vocabulary[left], vocabulary[right]]
+                pieces_of[following] = [piece for i in joined for piece in pieces_of.get(i, [i])]
                 vocabulary[left + right] = following
-                added[left + right] = {"id": following, "term": None, "left": left, "right": right}
                 following += 1
             merges.append([left, right])
             left += right
-        added.setdefault(left, {"id": vocabulary[left], "left": None, "right": None})["term"] = term
-    new = _with_state(tokenizer, state)
+        pieces_of.setdefault(vocabulary[left], [vocabulary[left]])  # an old entry that no merge led to
+    new = copy.deepcopy(tokenizer)  # template, special tokens and padding, around other entries and merges
+    new._tokenizer = Tokenizer.from_str(json.dumps(state))
     now = new.get_vocab()
     assert all(now[token] == i for token, i in old.items()), "an old id moved"
     assert all(len(pieces(new, f" {term}")) == 1 for term in terms), "a term is not one token"
-    return new, added
-
-
-def pieces_of(added: dict, vocabulary: dict[str, int]) -> dict[int, list[int]]:
-    """{new id: the old ids that it replaces}, from what `extend` returned and the old vocabulary."""
-    def split(entry):
-        if entry in vocabulary:
-            return [vocabulary[entry]]
-        return split(added[entry]["left"]) + split(added[entry]["right"])
-    return {what["id"]: split(entry) for entry, what in added.items()}
-
-
-def _with_state(tokenizer, state: dict):
-    """The same tokenizer (template, special tokens, padding) around another tokenizer.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        (Path(folder) / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-        new = AutoTokenizer.from_pretrained(folder, padding_side=tokenizer.padding_side)
-    new.name_or_path = tokenizer.name_or_path  # else it is the temporary folder's
-    return new
+    return new, pieces_of
 
 
 def ways(tokenizer, terms: list[str], extended) -> dict:

@@ -33,19 +33,20 @@ def around(text: str, start: int, length: int) -> dict:
     return {"text": text[left:right if right > 0 else None], "start": start, "end": start + length}
 
 
-def draw(docs: list[dict], word: str, n: int, rng, fits, taken: set) -> list[dict]:
-    """Windows around one occurrence of `word` in each of at most n documents, drawn with `rng`.
-    `fits(window)` says which can be used; `taken` collects the documents, and those in it are not used
-    again."""
-    windows = []
-    for doc in rng.sample(docs, len(docs)):
-        if len(windows) == n:
-            break
-        if doc["text"] not in taken and (starts := places(doc["text"], word)):
-            window = {"term": word, **around(doc["text"], rng.choice(starts), len(word))}
-            if fits(window):
-                windows.append(window)
-                taken.add(doc["text"])
+def draw(docs: list[dict], words: list[str], n: int, rng, fits, once: bool = False) -> list[dict]:
+    """Windows of each word, around one occurrence in each of at most n documents, drawn with `rng`.
+    `fits(window)` says which can be used; with `once` a document serves one word only."""
+    windows, taken = [], set()
+    for word in words:
+        before = len(windows)
+        for doc in rng.sample(docs, len(docs)):
+            if len(windows) == before + n:
+                break
+            if doc["text"] not in taken and (starts := places(doc["text"], word)):
+                window = {"term": word, **around(doc["text"], rng.choice(starts), len(word))}
+                if fits(window):
+                    windows.append(window)
+                    taken |= {doc["text"]} if once else set()
     return windows
 
 

@@ -33,8 +33,7 @@ def config(model, **more):
 
 
 def arm_of(old):
-    new, added = vocabulary.extend(old, TERMS)
-    pieces_of = vocabulary.pieces_of(added, old.get_vocab())
+    new, pieces_of = vocabulary.extend(old, TERMS)
     return training.Arm("new", new, pieces_of, sorted(pieces_of))
 
 

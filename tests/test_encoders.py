@@ -144,7 +144,7 @@ def test_every_architecture_is_trained_in_4_bits_and_saved(name, folders, tmp_pa
     shown = step.save(model, cfg, tmp_path, SOME)
     assert shown["reload_difference"] == 0 < shown["reload_minus_base"]
     adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert set(adapter["target_modules"]) == {layer.rsplit(".", 1)[-1] for layer in linear}
+    assert adapter["target_modules"] == sorted({layer.rsplit(".", 1)[-1] for layer in linear})
     expected = {"query": prompts.get("query", ""), "document": prompts.get("passage", "")}
     for part in ("adapter", "merged"):
         stored = json.loads((tmp_path / part / "config_sentence_transformers.json").read_text())
@@ -230,6 +230,13 @@ def test_models_that_cannot_be_adapted_are_refused(folders, tmp_path):
     encoder.save_pretrained(str(tmp_path / "dense"), create_model_card=False)
     with pytest.raises(SystemExit, match="its Dense module is not covered"):
         step.load_model(replace(cfg, model=str(tmp_path / "dense")), "qlora")
+
+
+def test_a_regular_expression_for_the_layers_is_saved_as_it_is(folders, tmp_path):
+    cfg = config(folders["BERT"], target_modules=r".*\.(query|value)")
+    assert step.save(randomised(cfg), cfg, tmp_path, SOME)["reload_difference"] == 0
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == cfg.target_modules
 
 
 def test_an_adapter_that_does_not_reload_is_refused(folders, tmp_path):

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from common import results
 from tests.conftest import environment, one_line, result_rows, step
 
 TASK = "task2_encoder"
@@ -117,16 +118,39 @@ assert not {"common", "task2_encoder"} & set(sys.modules)
     assert list(map(float, done.stdout.split())) == pytest.approx([stored[name] for name in names], abs=1e-6)
 
 
+def copy_data(repo, run_name):
+    """What 01 made for the whole run, as that of another one."""
+    for place, name in (("results", "01_data.json"), ("runs", "train.jsonl"), ("runs", "dev.jsonl")):
+        copy = repo / place / run_name / TASK / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repo / place / "whole2" / TASK / name, copy)
+
+
+def test_two_equal_trainings_leave_equal_bytes(repo, own, whole):
+    """In processes that order sets differently: all files of adapter/ and merged/, settings included."""
+    hashes = []
+    for seed in ("1", "2"):
+        copy_data(repo, f"again{seed}")
+        command = [sys.executable, f"{TASK}/03_train.py", "--profile", "smoke", "--run", f"again{seed}", *own,
+                   "max_steps=2", "eval_every=2"]
+        hash_seed = environment(repo) | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, cwd=repo, env=hash_seed, check=False, capture_output=True, text=True,
+                              timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        folder = repo / "runs" / f"again{seed}" / TASK
+        hashes.append({str(file.relative_to(folder)): results.sha256(file)
+                       for name in ("adapter", "merged") for file in (folder / name).rglob("*")
+                       if file.is_file()})
+    assert hashes[0] == hashes[1] and "adapter/adapter_config.json" in hashes[0]
+
+
 def test_two_processes_train_what_one_does(repo, own, whole):
     """The same global batches, split between both, with the other's half as negatives.
 
     Halves without each other's negatives would lose log 2 = 0.7 of the loss; the norm would show gradients
     summed instead of averaged, which Adam hides.
     """
-    for place, name in (("results", "01_data.json"), ("runs", "train.jsonl"), ("runs", "dev.jsonl")):
-        copy = repo / place / "two2" / TASK / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(repo / place / "whole2" / TASK / name, copy)
+    copy_data(repo, "two2")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--",
                f"{TASK}/03_train.py", "--profile", "smoke", "--run", "two2", *own, "max_steps=12",
                "eval_every=3"]

@@ -13,7 +13,7 @@ import torch
 from common import stats
 from task2_encoder import ablations, batches, task
 
-data = import_module("task2_encoder.01_data")
+data, evaluation = (import_module(f"task2_encoder.{name}") for name in ("01_data", "04_eval"))
 VALUE = {metric.name: metric.top for metric in task.METRICS}
 
 
@@ -75,10 +75,12 @@ def test_a_metric_is_added_in_one_place(random_search, monkeypatch):
     monkeypatch.setattr(task, "METRICS", (*task.METRICS, added))
     before = task.evaluate(search, [{document: -score for document, score in scores.items()}
                                     for scores in rankings])
-    row = task.rows_of({"pool": after}, "tuned", {"pool": search})[-1]
-    assert (row["metric"], row["label"], row["documents"]) == ("top3", "found among three", 60)
-    delta = stats.delta_rows("pool", "delta", before, after, task.metrics_of("pool"))[-1]
-    assert (delta["metric"], delta["verdict"]) == ("top3", "improved") and delta["value"] > 0.3
+    rows = evaluation.compared("pool", before, after, task.METRICS, documents=60)
+    base, tuned, delta = ({row["metric"]: row for row in rows if row["name"] == name}
+                          for name in ("base", "tuned", "delta"))
+    assert (tuned["top3"]["label"], tuned["top3"]["documents"]) == ("found among three", 60)
+    assert delta["top3"]["verdict"] == "improved" and delta["top3"]["value"] > 0.3
+    assert tuned["top3"]["value"] - base["top3"]["value"] == pytest.approx(delta["top3"]["value"])
 
 
 def test_nearest_documents_are_those_of_the_cosine():
@@ -156,11 +158,12 @@ def test_cleaning_keeps_the_held_out_copy_of_everything_that_would_leak():
         ("c", "train", "Open a file", "def g(p): return open(p)"),
         ("d", "test", "open A file.", "def g(p, q): return open(p, q)"),  # the anchor of c
         ("e", "train", "print a greeting", "def h(): print('Print a greeting!')"),  # holds its anchor
+        ("f", "train", "The same text.", "the same text"),
         ("g", "test", "open a FILE", "def g2(p, q): return open(p, q)"),  # repeats d
         ("h", "train", "open a file", "def g(p, q): return open(p, q)"))]  # repeats d
     kept, counts = data.clean(rows)
     assert {row["id"] for row in kept} == {"b", "d"}
-    assert counts == {"pairs": 7, "repeated_pair": 2, "anchor_in_positive": 1, "group_in_earlier_split": 1,
+    assert counts == {"pairs": 8, "repeated_pair": 2, "anchor_in_positive": 2, "group_in_earlier_split": 1,
                       "near_duplicate": 1, "kept": 2, "groups": 2}
 
 
@@ -175,15 +178,13 @@ def test_planted_leaks_fire(planted, kind):
     leaked = data.leaks(train, [{"id": "t", "group": "t", **planted}])
     assert leaked[kind] == 1
     with pytest.raises(SystemExit, match="shares rows"):
-        data.refuse_leaks(leaked, 0, 0.5)
+        data.refuse_leaks(leaked, 0.5)
 
 
-def test_the_other_gates_fire():
-    data.refuse_leaks({"same_summary": 0}, 0, 0.95)
-    with pytest.raises(SystemExit, match="docstring left"):
-        data.refuse_leaks({"same_summary": 0}, 1, 0.5)
+def test_the_gate_of_word_search_fires():
+    data.refuse_leaks({"same_summary": 0}, 0.95)
     with pytest.raises(SystemExit, match=r"BM25 alone reaches MRR@10 0\.990"):
-        data.refuse_leaks({"same_summary": 0}, 0, 0.99)
+        data.refuse_leaks({"same_summary": 0}, 0.99)
 
 
 def test_a_docstring_left_in_the_code_makes_bm25_find_everything():
@@ -212,13 +213,11 @@ GOOD = [(f"good anchor {i}", f"some positive text {i * 7919}") for i in range(12
 
 @pytest.mark.parametrize(("pairs", "words"), [
     ((*GOOD, ("an anchor", " ")), ["row 121", "'positive'"]),
-    ((*GOOD, ("the same text", "The same text.")), ["row 121", "same text"]),
-    ((*GOOD, ("word", "a positive")), ["row 121", "one word"]),
     (GOOD[:50], ["50 rows", "at least 112", "n_pool=.. n_dev=.."])])
 def test_bad_pairs_are_reported_in_one_line(tmp_path, pairs, words):
     (tmp_path / "bad.csv").write_text("\n".join(f'"{a}","{p}"' for a, p in [("anchor", "positive"), *pairs]))
     with pytest.raises(SystemExit) as error:
-        data.read_own(str(tmp_path / "bad.csv"), minimum=112)
+        data.own_rows(data.Config(data=str(tmp_path / "bad.csv"), n_pool=24, n_dev=24))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 

@@ -23,9 +23,9 @@ def extended(tokenizer):
 
 
 def test_a_term_is_one_id_after_any_space(extended):
-    new, added = extended
+    new, _ = extended
     for term in TERMS:
-        entry = next(entry for entry, what in added.items() if what["term"] == term)
+        (entry,) = vocabulary.pieces(new, f" {term}")
         for text in (f" {term}", f"see {term}, or", f"( {term})", f"\n\n {term} "):
             assert vocabulary.pieces(new, text).count(entry) == 1, text
 
@@ -37,20 +37,20 @@ def test_a_term_does_not_fire_inside_other_words(extended, tokenizer):
 
 
 def test_old_ids_stay_and_new_ids_follow_without_a_gap(extended, tokenizer):
-    new, added = extended
+    new, pieces_of = extended
     old, now = tokenizer.get_vocab(), new.get_vocab()
     assert {token: now[token] for token in old} == old
-    assert [what["id"] for what in added.values()] == list(range(len(old), len(old) + len(added)))
-    between = [entry for entry, what in added.items() if what["term"] is None]
-    assert len(between) == sum(len(vocabulary.pieces(tokenizer, f" {term}")) - 2 for term in TERMS)
+    assert list(pieces_of) == list(range(len(old), len(old) + len(pieces_of)))
+    assert len(pieces_of) == sum(len(vocabulary.pieces(tokenizer, f" {term}")) - 1 for term in TERMS)
 
 
 def test_new_entries_replace_the_old_pieces(extended, tokenizer):
-    new, added = extended
-    pieces_of = vocabulary.pieces_of(added, tokenizer.get_vocab())
+    new, pieces_of = extended
     for term in TERMS:
         (new_id,) = new(f" {term}").input_ids
         assert pieces_of[new_id] == tokenizer(f" {term}").input_ids
+    for new_id, ids in pieces_of.items():
+        assert new.decode([new_id]) == tokenizer.decode(ids)
 
 
 def test_a_tokenizer_of_another_kind_is_refused():
@@ -87,9 +87,9 @@ def test_special_tokens_behind_the_vocabulary_keep_their_ids(tokenizer):
     other.add_special_tokens({"additional_special_tokens": ["<|behind|>"]})
     behind = other.convert_tokens_to_ids("<|behind|>")
     assert behind == len(tokenizer)
-    new, added = vocabulary.extend(other, ["NetworkX"])
+    new, pieces_of = vocabulary.extend(other, ["NetworkX"])
     assert new.convert_tokens_to_ids("<|behind|>") == behind
-    assert [what["id"] for what in added.values()] == [behind + 1]
+    assert list(pieces_of) == [behind + 1]
     assert new("<|behind|> NetworkX").input_ids == [behind, behind + 1]
 
 
@@ -101,7 +101,7 @@ def test_a_tokenizer_of_its_own_class_is_extended_and_saved_as_such(tokenizer, t
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": kind}))
     old = AutoTokenizer.from_pretrained(tmp_path / "old")
     vocabulary.check_kind(old, "old")
-    new, added = vocabulary.extend(old, TERMS)
+    new, pieces_of = vocabulary.extend(old, TERMS)
     new.save_pretrained(tmp_path / "new")
     again = AutoTokenizer.from_pretrained(tmp_path / "new")
     assert type(again) is type(old)
@@ -109,23 +109,26 @@ def test_a_tokenizer_of_its_own_class_is_extended_and_saved_as_such(tokenizer, t
         assert again(text).input_ids == new(text).input_ids
     for term in TERMS:
         (found,) = again(f" {term}").input_ids
-        assert found in [what["id"] for what in added.values()]
+        assert found in pieces_of
 
 
 def test_terms_that_contain_each_other_are_all_one_token(tokenizer):
     terms = ["MultiDiGraph", "DiGraph", "estimators", "estimator", "MultiDi"]
-    new, _ = vocabulary.extend(tokenizer, terms)
-    assert all(len(vocabulary.pieces(new, f" {term}")) == 1 for term in terms)
+    new, pieces_of = vocabulary.extend(tokenizer, terms)
+    for term in terms:
+        (new_id,) = new(f" {term}").input_ids
+        assert pieces_of[new_id] == tokenizer(f" {term}").input_ids
 
 
 @pytest.mark.parametrize(("terms", "reason"), [
     (["graph"], "in the vocabulary already, as 'Ġgraph'"), (["T-cell"], "always splits it: ĠT | - | cell"),
     (["two words"], "always splits it"),
-    (["NetworkX", "NetworkX"], "term 'NetworkX': stands twice"), ([" NetworkX"], "spaces around"),
-    ([""], "empty")])
+    (["NetworkX", "NetworkX"], "term 'NetworkX': stands twice"),
+    ([" NetworkX"], "term ' NetworkX': cannot be one token"),
+    ([""], "term '': is in the vocabulary already, as 'Ġ'")])
 def test_terms_that_cannot_be_are_refused_in_one_line(tokenizer, terms, reason):
     with pytest.raises(SystemExit) as error:
-        vocabulary.extend(tokenizer, terms)
+        vocabulary.check_terms(tokenizer, terms)
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
