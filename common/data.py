@@ -36,7 +36,7 @@ def read_table(source: str, alternatives: tuple[tuple[str, ...], ...], minimum: 
             remedy = f"add rows, or set {sizes} lower" if sizes else "add rows"
             raise ValueError(f"{len(rows)} rows, the splits need at least {minimum}: {remedy}")
     except (ValueError, OSError) as err:  # pyarrow's errors are among them
-        said = " ".join(str(err).split())
+        said = " ".join(str(getattr(err, "strerror", None) or err).split())
         expected = " or ".join("+".join(columns) for columns in alternatives)
         raise SystemExit(f"DATA={source}: {said}; expected columns {expected}") from None
     return [{column: row[column] for column in columns} for row in rows]

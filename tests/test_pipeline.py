@@ -268,7 +268,7 @@ def test_own_data_without_an_instruction_is_asked_for_one(repo, model):
         (
             "01_data",
             ["--run", "y", "--data", "nowhere.csv", "--set", "instruction="],
-            ["DATA=nowhere.csv", "no such file"],
+            ["DATA=nowhere.csv", "No such file"],
         ),
         (
             "02_baseline",
