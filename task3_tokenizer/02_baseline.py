@@ -67,7 +67,7 @@ def main(run):
     model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
     matrix = model.get_input_embeddings().weight
     table += [{"table": "size", "name": "base", "metric": k, "value": v} for k, v in {
-        "vocabulary": len(matrix), "hidden": matrix.shape[1],
+        "parameters": models.size(model)["parameters"], "vocabulary": len(matrix), "hidden": matrix.shape[1],
         "tied": int(model.config.tie_word_embeddings), "new_rows": len(lexicon.pieces_of)}.items()]
     items = task.measure(cfg, model, tokenizer, tests)
     for kind, own in items.items():
