@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from itertools import islice
 
 import torch
 from transformers import DynamicCache
@@ -22,9 +21,8 @@ HEAD_CHUNK = 512  # answer tokens per application of the head: 512 x 49,152 floa
 
 
 @torch.inference_mode()
-def score_answers(
-    model, tokenizer, examples: list[dict], batch_size: int, max_new_tokens: int = 0
-) -> list[dict]:
+def score_answers(model, tokenizer, examples: list[dict], batch_size: int,
+                  max_new_tokens: int = 0) -> list[dict]:
     """Scores of encoded examples (see task.Prompt.encode), in their order.
 
     Each is {"id", "nats", "tokens", "correct"}: the negative log-likelihood of the answer, its number of
@@ -33,12 +31,8 @@ def score_answers(
     ended it itself.
     """
     own = model.generation_config.eos_token_id
-    stops = {
-        tokenizer.eos_token_id,
-        *(own if isinstance(own, list) else [own]),
-        *(e["end"] for e in examples),
-    }
-    stops = sorted(stops - {None})
+    stops = {tokenizer.eos_token_id, *(example["end"] for example in examples)}
+    stops = sorted((stops | set(own if isinstance(own, list) else [own])) - {None})
     prompts = [example["prompt"] for example in examples]
     columns = max(map(len, prompts)) + max(max_new_tokens, *(len(example["answer"]) for example in examples))
     shared = shared_prefix(prompts) if padding_is_ignored(model, columns) else 0
@@ -68,16 +62,13 @@ def shared_prefix(sequences: list[list[int]]) -> int:
 
 
 def padding_is_ignored(model, columns: int) -> bool:
-    """Whether padding may stand between the shared tokens and the rest of a prompt in rows of `columns`
-    tokens.
+    """Whether padding may stand between the shared tokens and the rest of a prompt of `columns` tokens.
 
     A sliding window shorter than that would count it, and so does a model that takes no positions (MPT).
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    takes_positions = (
-        "position_ids" in inspect.signature(models.causal_of(model).get_decoder().forward).parameters
-    )
-    return takes_positions and not (window and window < columns)
+    arguments = inspect.signature(models.causal_of(model).get_decoder().forward).parameters
+    return "position_ids" in arguments and not (window and window < columns)
 
 
 class Reader:
@@ -117,12 +108,10 @@ class Reader:
         Returns two lists of lists. The cache grows by the continuations; generate() drops them again.
         """
         owner, longest = torch.tensor(owners, device=self.device), max(map(len, continuations))
-        padded = torch.tensor(
-            [c + [self.pad] * (longest - len(c)) for c in continuations], device=self.device
-        )
-        real = torch.tensor(
-            [[1] * len(c) + [0] * (longest - len(c)) for c in continuations], device=self.device
-        )
+        sizes = [len(continuation) for continuation in continuations]
+        padded = torch.tensor([continuation + [self.pad] * (longest - len(continuation))
+                               for continuation in continuations], device=self.device)
+        real = torch.tensor([[1] * n + [0] * (longest - n) for n in sizes], device=self.device)
         hidden = self.last[owner][:, None]
         if longest > 1:
             if list(owners) != list(range(len(self.last))):
@@ -136,11 +125,10 @@ class Reader:
         logprobs, greedy_match = [], []
         for states, label in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK)):
             logits = models.logits_of(self.model, states)
-            logprobs += (logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(1)).tolist()
-            greedy_match += (logits.argmax(1) == label).tolist()
-        sizes = [len(c) for c in continuations]
-        streams = iter(logprobs), iter(greedy_match)
-        return [[list(islice(stream, size)) for size in sizes] for stream in streams]
+            logprobs.append(logits.gather(1, label[:, None])[:, 0] - logits.logsumexp(1))
+            greedy_match.append(logits.argmax(1) == label)
+        return [[part.tolist() for part in torch.cat(chunks).split(sizes)]
+                for chunks in (logprobs, greedy_match)]
 
     def generate(self, max_new_tokens: int, stops: list[int]) -> list[list[int]]:
         """Greedy continuation of each prompt of the last prefill(), up to and with the first of `stops`."""
