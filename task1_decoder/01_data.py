@@ -1,9 +1,9 @@
 """Question: what does the model learn from, and is what it is tested on really unseen?
 
-Reads   the installed packages' source (or DATA=: JSONL/CSV/Parquet/hub id with `prompt`,`completion` or
-`text`) Writes  results/<run>/task1_decoder/01_data.json and
-runs/<run>/task1_decoder/{train,dev,test,choice}.jsonl Needs   about 40 s and 1.5 GB the first time, 15 s
-with the parsed corpus cached under runs/assets/
+Reads   the installed packages' source (or DATA=: JSONL, CSV, Parquet or hub id with `prompt` and
+        `completion`, or with `text`)
+Writes  results/<run>/task1_decoder/01_data.json, runs/<run>/task1_decoder/{train,dev,test,choice}.jsonl
+Needs   about 40 s and 1.5 GB the first time, 15 s with the parsed corpus cached under runs/assets/
 """
 
 import sys
@@ -17,6 +17,7 @@ if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,29 +43,21 @@ class Config(task.Config):
 PROFILES = {
     "smoke": dict(n_test=12, n_dev=8, n_choice=8, n_train=64),
     "cpu": dict(),
-    "gpu": dict(
-        n_test=1000,  # a GPU scores them in a minute, and the interval halves
-        n_dev=256,
-        n_choice=1000,
-    ),
+    "gpu": dict(n_test=1000, n_dev=256, n_choice=1000),  # a GPU scores 1,000 in a minute; the interval halves
 }
 
 
 # ---------------------------------------------------------------------------------------- rows and filters
 
 def corpus_rows() -> tuple[list[dict], dict[str, int]]:
-    """Corpus functions as {id, prompt, completion, package, name, split}, and the counts of what was
-    dropped.
-    """
+    """Corpus functions as {id, prompt, completion, package, name, split}, and counts of what was dropped."""
     rows, counts = corpus.load()
     return [{"id": r["id"], "prompt": r["code"], "completion": r["summary"], "package": r["package"],
              "split": r["split"], "name": f"{r['module']}.{r['qualname']}"} for r in rows], counts
 
 
 def own_rows(run) -> tuple[list[dict], dict[str, int]]:
-    """DATA= rows without near-duplicates, split by seed. A bare `text` becomes its first quarter and the
-    rest.
-    """
+    """DATA= rows without near-duplicates, split by seed; a `text` becomes its first quarter and the rest."""
     cfg = run.cfg
     if cfg.instruction == task.CORPUS_INSTRUCTION:
         raise SystemExit(f"DATA={cfg.data}: say what your prompts ask for, SET=\"'instruction=...'\" "
@@ -79,11 +72,8 @@ def own_rows(run) -> tuple[list[dict], dict[str, int]]:
         if "text" in row:
             words = row["text"].split(" ")
             cut = max(1, len(words) // 4)
-            row = {
-                "prompt": " ".join(words[:cut]),
-                "completion": " " + " ".join(words[cut:]),
-                "style": "plain",
-            }
+            row = {"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:]),
+                   "style": "plain"}
         rows.append({"id": f"row{number}", "name": f"row {number}", "package": "own", **row})
     twins = corpus.near_duplicates([f"{row['prompt']} {row['completion']}" for row in rows])
     kept = [row for row, twin in zip(rows, twins) if twin is None]
@@ -94,9 +84,8 @@ def own_rows(run) -> tuple[list[dict], dict[str, int]]:
     for i, row in enumerate(kept):
         row["split"] = "test" if i < cfg.n_test else "dev" if i < cfg.n_test + cfg.n_dev else "train"
     held_out = {corpus.normalise(row["prompt"]) for row in kept if row["split"] != "train"}
-    clean = [
-        row for row in kept if row["split"] != "train" or corpus.normalise(row["prompt"]) not in held_out
-    ]
+    clean = [row for row in kept
+             if row["split"] != "train" or corpus.normalise(row["prompt"]) not in held_out]
     return clean, {"parsed": len(rows), "near_duplicate": len(rows) - len(kept), "kept": len(kept),
                    "prompt_held_out": len(kept) - len(clean)}
 
@@ -111,8 +100,7 @@ def shuffled(rows: list[dict], split: str, seed: int) -> list[dict]:
 def leaks(splits: dict[str, list[dict]], own: bool) -> dict[tuple[str, str], int]:
     """{(split, kind): held-out rows that training repeats}. SystemExit if there are any.
 
-    Own answers may repeat ("yes"), questions and whole rows may not; of the corpus neither summary nor code
-    may.
+    Own answers may repeat ("yes"), questions and whole rows may not; of the corpus neither summary nor code.
     """
     def texts(part):
         if own:
@@ -146,17 +134,14 @@ def choice_rows(test: list[dict], pool: list[dict], prompt: task.Prompt, n: int,
 
 # ----------------------------------------------------------------------------------- what the report shows
 
-
 def length_rows(tokenizer, cfg, splits: dict[str, list[dict]]) -> list[dict]:
     """Percentiles of the lengths in tokens, and the share of texts that are shortened."""
     table = []
     for split, part in splits.items():
-        for side, limit, end in (
-            ("prompt", cfg.max_prompt_tokens, 0),
-            ("completion", cfg.max_completion_tokens, 1),
-        ):
+        for side, limit, eos in (("prompt", cfg.max_prompt_tokens, 0),
+                                 ("completion", cfg.max_completion_tokens, 1)):
             ids = tokenizer([row[side] for row in part], add_special_tokens=False).input_ids
-            lengths = np.array([len(text) + end for text in ids])
+            lengths = np.array([len(text) + eos for text in ids])
             values = {f"p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)}
             values["cut_share"] = float(np.mean(lengths > limit))
             table += [{"table": "tokens", "name": split, "metric": f"{side}_tokens_{name}", "value": value,
@@ -166,26 +151,18 @@ def length_rows(tokenizer, cfg, splits: dict[str, list[dict]]) -> list[dict]:
 
 def example_rows(tokenizer, example: dict) -> list[dict]:
     """One encoded example token by token: which of them are trained."""
-    marked = [(i, False) for i in example["prompt"]] + [(i, True) for i in example["answer"]]
-    for position, (i, trained) in enumerate(marked):
-        print(f"{position:4} {i:6} {'train' if trained else '  -  '} {tokenizer.decode([i])!r}")
-    return [
-        {
-            "table": "example",
-            "position": position,
-            "token": tokenizer.decode([i]),
-            "id": i,
-            "trained": trained,
-        }
-        for position, (i, trained) in enumerate(marked)
-    ]
+    rows = [{"table": "example", "position": position, "token": tokenizer.decode([i]), "id": i,
+             "trained": position >= len(example["prompt"])}
+            for position, i in enumerate(example["prompt"] + example["answer"])]
+    for row in rows:
+        print(f"{row['position']:4} {row['id']:6} {'train' if row['trained'] else '  -  '} {row['token']!r}")
+    return rows
 
 
 def main(run):
     cfg, own = run.cfg, run.cfg.data != "corpus"
-    tokenizer = models.load_tokenizer(
-        cfg.model
-    )  # first, so that a wrong MODEL= is reported before anything is built
+    # first, so that a wrong MODEL= is reported before anything is built
+    tokenizer = models.load_tokenizer(cfg.model)
     rows, counts = own_rows(run) if own else corpus_rows()
     sizes = {"test": cfg.n_test, "dev": cfg.n_dev, "train": cfg.n_train}
     pools = {split: shuffled(rows, split, cfg.seed) for split in sizes}
@@ -199,15 +176,9 @@ def main(run):
     table += [{"table": "leaks", "name": split, "metric": kind, "value": n, "n": counts[split]}
               for (split, kind), n in leaked.items()]
     if not own:
-        table += [
-            {
-                "table": "packages",
-                "name": name,
-                "metric": version,
-                "value": sum(row["package"] == name for row in rows),
-            }
-            for name, version in corpus.versions().items()
-        ]
+        sizes_of = Counter(row["package"] for row in rows)
+        table += [{"table": "packages", "name": name, "metric": version, "value": sizes_of[name]}
+                  for name, version in corpus.versions().items()]
     table += length_rows(tokenizer, cfg, splits)
     code, summary = task.SHOTS[2]  # ours, so it may be printed in full
     shown = splits["train"][0] if own else {"id": "ours", "prompt": code, "completion": summary}
