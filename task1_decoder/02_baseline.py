@@ -3,8 +3,9 @@
 A process of its own, in which no adapter exists: a "before" that was measured with an adapter attached is the
 costliest mistake of such comparisons.
 
-Reads   runs/<run>/task1_decoder/{test,train,choice}.jsonl of 01 Writes
-results/<run>/task1_decoder/02_baseline.json, runs/<run>/task1_decoder/items_base.json (per item, for 04)
+Reads   runs/<run>/task1_decoder/{test,train,choice}.jsonl of 01
+Writes  results/<run>/task1_decoder/02_baseline.json,
+        runs/<run>/task1_decoder/items_base.json (per item, for 04)
 Needs   about 3.5 min and 4 GB on 2 cores
 """
 
@@ -45,9 +46,8 @@ def main(run):
 
     measured = {"base": zero_shot, "base 3-shot": {"heldout": few_shot}, f"{plain} base": unquantised}
     results.write_atomic(run.folder / "items_base.json", json.dumps(measured))
-    rows = [
-        {"table": "size", "name": "base", "metric": name, "value": value} for name, value in sizes.items()
-    ]
+    rows = [{"table": "size", "name": "base", "metric": name, "value": value}
+            for name, value in sizes.items()]
     for name, tables in measured.items():
         for table, items in tables.items():
             rows += stats.rows_of(table, name, items, task.TABLES.get(table, task.ACCURACY))
