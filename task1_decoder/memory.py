@@ -13,8 +13,7 @@ LOGIT_GRADIENT = 12
 
 
 def per_row(model, longest: dict, compute: str) -> dict[str, int]:
-    """Bytes of one row of the batch `longest` (from task.collate), measured on forward passes of one and
-    two rows.
+    """Bytes of one row of the batch `longest` (from task.collate), from forward passes of one and two rows.
 
     {"activations", "logits", "inputs" (what checkpointing keeps of the layers), "constant" (does not grow
     with the rows), "layers" (their number)}.
@@ -43,14 +42,12 @@ def predict(model, row: dict, rows: int, checkpointing: bool) -> dict[str, int]:
     activations = row["activations"]
     if checkpointing:
         activations = activations / row["layers"] + row["inputs"]
-    return training.predict(
-        model, activations=int(rows * activations) + row["constant"], logits=rows * row["logits"]
-    )
+    return training.predict(model, activations=int(rows * activations) + row["constant"],
+                            logits=rows * row["logits"])
 
 
 def plan(model, longest: dict, compute: str, rows_per_pass: int, checkpointing: str, cap_gib: float):
-    """(rows of one pass, whether to checkpoint, prediction) for a batch `longest`, computed in one or more
-    passes.
+    """(rows of one pass, whether to checkpoint, prediction) for a batch `longest`, in one or more passes.
 
     `rows_per_pass` 0 and `checkpointing` "auto" leave the choice to the free memory (`cap_gib`: see
     models.free_memory). Fewer rows come before checkpointing down to an eighth of the batch: more passes cost
@@ -58,13 +55,12 @@ def plan(model, longest: dict, compute: str, rows_per_pass: int, checkpointing: 
     """
     batch = len(longest["input_ids"])
     if rows_per_pass and batch % rows_per_pass:
-        raise SystemExit(
-            f"rows_per_pass={rows_per_pass} does not divide the {batch} rows of a batch in this process"
-        )
+        raise SystemExit(f"rows_per_pass={rows_per_pass} does not divide the {batch} rows of a batch in this "
+                         "process")
     sizes = [rows_per_pass] if rows_per_pass else [n for n in range(batch, 0, -1) if batch % n == 0]
-    once, twice = [(n, False) for n in sizes], [(n, True) for n in sizes]
-    sensible = [(n, False) for n in sizes if rows_per_pass or 8 * n >= batch]
-    options = {"off": once, "on": twice, "auto": sensible + twice}[checkpointing]
+    once = [(n, False) for n in sizes if checkpointing == "off" or rows_per_pass or 8 * n >= batch]
+    twice = [(n, True) for n in sizes]
+    options = {"off": once, "on": twice, "auto": once + twice}[checkpointing]
     # all processes have to do the same: the one with the least memory decides
     free = min(gather_object([models.free_memory(cap_gib)]))
     row = per_row(model, longest, compute)
@@ -74,7 +70,6 @@ def plan(model, longest: dict, compute: str, rows_per_pass: int, checkpointing: 
         if no_choice or training.fits(predicted, free):
             return rows, again, predicted
     needed = (predicted["total"] - predicted["resident"]) / 2**30
-    raise SystemExit(
-        f"one row a pass needs {needed:.1f} GiB beside what is in use, {free / 2**30:.1f} GiB are free: "
-        "a smaller MODEL=, or SET='max_prompt_tokens=.. max_completion_tokens=..' lower"
-    )
+    raise SystemExit(f"one row a pass needs {needed:.1f} GiB beside what is in use, {free / 2**30:.1f} GiB "
+                     "are free: a smaller MODEL=, or SET='max_prompt_tokens=.. max_completion_tokens=..' "
+                     "lower")
