@@ -1,5 +1,4 @@
-"""Question: which of the choices in 03 mattered, how far do seeds lie apart, and what does each way to
-train cost?
+"""Question: which choices in 03 mattered, how far do seeds lie apart, what does each way to train cost?
 
 Every row is 03's training with one thing changed, scored once on the held-out rows of 04. The cost table
 trains a few steps in every combination of {4 bits, bf16} x {checkpointing off, on}, on an accelerator only:
@@ -30,6 +29,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from transformers import TrainerCallback
@@ -98,31 +98,16 @@ class Clock(TrainerCallback):
 
 
 def cost_rows(run, stored: dict, rows, dev) -> list[dict]:
-    """Rows {"table": "cost", "name": "nf4, checkpointing off, 32 rows", ...}: peak memory, seconds, tokens
-    a second.
-    """
+    """Rows {"table": "cost", "name": "nf4, checkpointing off, 32 rows", ...}: peak memory, time, speed."""
     table, steps, folder = [], run.cfg.cost_steps, run.folder / "ablations" / "cost"
-    ways = [
-        (precision, checkpointing, int(size))
-        for precision in ("nf4", "bf16")
-        for checkpointing in ("off", "on")
-        for size in run.cfg.cost_rows.split()
-    ]
-    for precision, checkpointing, size in ways:
+    sizes = map(int, run.cfg.cost_rows.split())
+    for precision, checkpointing, size in product(("nf4", "bf16"), ("off", "on"), sizes):
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         cfg = results.config_of(
-            script.Config,
-            stored,
-            precision=precision,
-            gradient_checkpointing=checkpointing,
-            batch_size=size,
-            rows_per_pass=size,
-            max_steps=steps,
-            eval_every=10 * steps,
-            warmup_steps=1,
-        )
+            script.Config, stored, precision=precision, gradient_checkpointing=checkpointing, batch_size=size,
+            rows_per_pass=size, max_steps=steps, eval_every=10 * steps, warmup_steps=1)
         clock = Clock()
         _, trained, _ = script.train(cfg, rows, dev[:4], folder, "", silent, callbacks=[clock])
         shutil.rmtree(folder)
@@ -131,18 +116,9 @@ def cost_rows(run, stored: dict, rows, dev) -> list[dict]:
                   "measured_peak_bytes": trained["measured_peak_bytes"], "step_seconds": seconds,
                   "tokens_per_second": trained["trained_tokens"] / steps / seconds}
         name = f"{precision}, checkpointing {checkpointing}, {size} rows"
-        table += [
-            {
-                "table": "cost",
-                "name": name,
-                "precision": precision,
-                "checkpointing": checkpointing == "on",
-                "batch": size,
-                "metric": metric,
-                "value": value,
-            }
-            for metric, value in values.items()
-        ]
+        table += [{"table": "cost", "name": name, "precision": precision, "batch": size,
+                   "checkpointing": checkpointing == "on", "metric": metric, "value": value}
+                  for metric, value in values.items()]
         run.log(cost=name.replace(" ", "_"), GiB=values["measured_peak_bytes"] / 2**30, step_seconds=seconds)
     return table
 
@@ -153,9 +129,8 @@ def main(run):
     names = results.chosen(cfg.only, [*ROWS, *[COST] * bool(cfg.cost_steps)])
     if cfg.cost_steps and models.device().type != "cuda":
         raise SystemExit(f"cost_steps={cfg.cost_steps}: the cost table needs an accelerator")
-    rows, dev, test = (
-        results.read_rows(run.artifact("01_data", f"{s}.jsonl")) for s in ("train", "dev", "test")
-    )
+    rows, dev, test = (results.read_rows(run.artifact("01_data", f"{split}.jsonl"))
+                       for split in ("train", "dev", "test"))
     stored, data_hash, table = trained["config"], results.result_hash(data), []
     if COST in names:
         given = [stored, cfg.cost_steps, cfg.cost_rows, data_hash]
@@ -168,7 +143,7 @@ def main(run):
         "stats": {row["metric"]: row["value"] for row in trained["rows"] if row["table"] == "training"},
     }
     done = {"as in 03": as_in_03}
-    for name in (name for name in names if name in ROWS):
+    for name in [name for name in names if name != COST]:
         folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
         changed = results.config_of(script.Config, stored, **ROWS[name])
         done[name] = results.cached(folder / "row.json", [vars(changed), data_hash],
