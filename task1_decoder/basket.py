@@ -1,5 +1,4 @@
-"""The basket: prompts written for this repository, scored before and after. No package has one of the
-functions.
+"""The basket: prompts written for this repository, scored before and after. No package has these functions.
 
 Functions ask for what the fine-tuning teaches; general prompts (two languages) show what it may have cost.
 """
