@@ -1,5 +1,6 @@
-"""How much faster is HarnessLM than the HFLM it extends? Same requests, same process, alternating; prints
-the ratio and the agreement.
+"""How much faster is HarnessLM than the HFLM it extends? Prints the ratio and the agreement of the answers.
+
+Same requests, same process, one after the other.
 
     python bench/bench_harness.py [items per benchmark, default 20]
 """
@@ -33,9 +34,7 @@ def main(n: int) -> None:
     for name, kind in (("warm-up", ours), ("HFLM", Stock), ("HarnessLM", ours)):
         harness.HarnessLM = kind
         started = time.perf_counter()
-        answers[name] = harness.evaluate(
-            model, tokenizer, choice, n if name != "warm-up" else 2, batch_size=16
-        )
+        answers[name] = harness.evaluate(model, tokenizer, choice, n if name != "warm-up" else 2, batch_size=16)
         seconds[name] = time.perf_counter() - started
     same = [a["acc"] == b["acc"] for task, items in answers["HFLM"].items()
             for a, b in zip(items, answers["HarnessLM"][task])]
