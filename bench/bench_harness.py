@@ -34,7 +34,8 @@ def main(n: int) -> None:
     for name, kind in (("warm-up", ours), ("HFLM", Stock), ("HarnessLM", ours)):
         harness.HarnessLM = kind
         started = time.perf_counter()
-        answers[name] = harness.evaluate(model, tokenizer, choice, n if name != "warm-up" else 2, batch_size=16)
+        items = n if name != "warm-up" else 2
+        answers[name] = harness.evaluate(model, tokenizer, choice, items, batch_size=16)
         seconds[name] = time.perf_counter() - started
     same = [a["acc"] == b["acc"] for task, items in answers["HFLM"].items()
             for a, b in zip(items, answers["HarnessLM"][task])]
