@@ -107,6 +107,20 @@ def test_checkpoints_of_other_knobs_are_not_resumed(repo, model):
     assert done.returncode == 0 and "resuming" not in done.stdout, done.stderr
 
 
+def test_equal_trainings_leave_equal_bytes(repo, model):
+    """In processes of their own: those that `step` forks share a hash seed, and so the order of sets."""
+    assert step(repo, "01_data", "--run", "bytes", *model).returncode == 0
+    command = [sys.executable, "task1_decoder/03_train.py", "--profile", "smoke", "--run", "bytes", *model,
+               "--set", "max_steps=2", "eval_every=2"]
+    adapter, saved = repo / "runs" / "bytes" / "task1_decoder" / "adapter", []
+    for seed in ("1", "2"):
+        done = subprocess.run(command, cwd=repo, env=environment(repo) | {"PYTHONHASHSEED": seed},
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        saved.append({file.name: file.read_bytes() for file in adapter.iterdir()})
+    assert "adapter_config.json" in saved[0] and [n for n in saved[0] if saved[0][n] != saved[1].get(n)] == []
+
+
 OPEN_ELSEWHERE = """
 import sys, torch
 from peft import PeftModel
