@@ -2,8 +2,10 @@
 
 Same items, same functions, same batch size as 02, in a fresh process that loads the adapter from disk.
 
-Reads   items_base.json of 02, adapter/ of 03 Writes  results/<run>/task1_decoder/04_eval.json,
-runs/<run>/task1_decoder/{items_tuned.json,examples.md,merged/} Needs   about 4 min and 2 GB on 2 cores
+Reads   items_base.json of 02, adapter/ of 03
+Writes  results/<run>/task1_decoder/04_eval.json,
+        runs/<run>/task1_decoder/{items_tuned.json,examples.md,merged/}
+Needs   about 4 min and 2 GB on 2 cores
 """
 
 import sys
@@ -114,9 +116,8 @@ def examples_page(rows: list[dict], test: list[dict]) -> str:
 def basket_rows(run, before: list[dict], after: list[dict]) -> list[dict]:
     """Each prompt of the basket with both answers, side by side."""
     shown = ("text", "stopped", "new_tokens", "repetition", "copied")
-    return [{"table": "basket_prompts", "name": "side by side", "kind": row["kind"], "prompt": row["prompt"],
-             "reference": row["completion"] or None, "before": {key: old[key] for key in shown},
-             "after": {key: new[key] for key in shown}}
+    return [{"table": "basket_prompts", "name": "side by side", "prompt": row["prompt"],
+             "before": {key: old[key] for key in shown}, "after": {key: new[key] for key in shown}}
             for row, old, new in zip(task.basket.prompts(run), before, after)]
 
 
