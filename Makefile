@@ -2,18 +2,22 @@
 PROFILE ?= cpu
 MODEL ?=
 DATA ?=
+RUNS ?=
+# not ?=, which would take the width of the terminal: some shells export it under this name
+COLUMNS =
+BENCHMARK ?=
 SET ?=
 TERMS ?=
 NPROC ?= 1
 # the folder of results: own models, data and knobs never overwrite those of a profile
-RUN ?= $(if $(strip $(MODEL)$(DATA)$(SET)$(TERMS)),mine,$(PROFILE))
+RUN ?= $(if $(strip $(MODEL)$(DATA)$(COLUMNS)$(BENCHMARK)$(SET)$(TERMS)),mine,$(PROFILE))
 ifneq ($(words $(RUN)),1)
 $(error RUN="$(RUN)" is a folder name: letters, digits, '.', '_' and '-' only)
 endif
 VENV := .venv
 # PY=python3 uses an interpreter that already has the packages; without it a venv is made and filled
 PY ?= $(VENV)/bin/python
-ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(SET)$(TERMS),--set $(if $(TERMS),"terms=$(TERMS)") $(SET))
+ARGS = --profile $(PROFILE) --run $(RUN) $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(COLUMNS),--columns "$(COLUMNS)") $(if $(BENCHMARK),--benchmark "$(BENCHMARK)") $(if $(SET)$(TERMS),--set $(if $(TERMS),"terms=$(TERMS)") $(SET))
 R := results/$(RUN)
 steps = $(foreach step,01_data 02_baseline 03_train 04_eval,$(R)/$(1)/$(step).json)
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -31,15 +35,18 @@ endif
 .DELETE_ON_ERROR:
 # two trainings on one device are an out-of-memory error, not a speed-up
 .NOTPARALLEL:
-.PHONY: all task1 task2 task3 ablations report check test test-all lint smoke setup help clean FORCE
+.PHONY: all task1 task2 task3 ablations report check test test-all faults lint smoke setup help clean FORCE
 
 all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 33 min on 2 cores after set-up
 
 task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (11 min on 2 cores)
+	@$(PY) -m report.render $(RUN)/task1_decoder
 
 task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (7 min on 2 cores)
+	@$(PY) -m report.render $(RUN)/task2_encoder
 
 task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (15 min on 2 cores)
+	@$(PY) -m report.render $(RUN)/task3_tokenizer
 
 ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (75 min on 2 cores)
 
@@ -48,10 +55,10 @@ $(R)/task1_decoder/03_train.json $(R)/task2_encoder/03_train.json: LAUNCH = $(if
 $(R)/%.json: FORCE
 	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $(LAUNCH) $*.py $(ARGS) ;; *) exit 2 ;; esac
 
-report: setup                  ## report.md and its figures from results/; trains nothing (2 s)
-	@$(PY) -m report.render
+report: setup                  ## report.md, a page per run and task, figures, from results/; RUNS="a b": those two side by side (6 s)
+	@$(PY) -m report.render $(RUNS)
 
-check: setup                   ## report current, results fresh, a reason beside every knob (2 s)
+check: setup                   ## report and pages current, results fresh and unedited, a reason beside every knob (6 s)
 	@$(PY) -m report.render check
 
 lint: setup                    ## ruff (1 s)
@@ -62,7 +69,14 @@ test: setup lint               ## lint, tests, then the smoke pipeline (11 min o
 	@$(MAKE) --no-print-directory smoke PY=$(PY)
 
 test-all: setup lint           ## the tests, and every architecture through every step of its task (20 min on 2 cores)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "all or not all"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not faults"
+
+# a row for each fault that was tried; the tests that a fault breaks fail, and so does a table without rows
+faults: setup                  ## kills, full disks, rubbish, planted faults, other tools: results/faults.md (40 min on 2 cores)
+	@rm -f runs/faults.jsonl; mkdir -p runs
+	@FAULT_ROWS=$(CURDIR)/runs/faults.jsonl OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "faults or not faults" \
+	  --hypothesis-profile=faults $(foreach name,faults rubbish supply opens planted,$(wildcard tests/test_$(name).py)); \
+	status=$$?; $(PY) -m tests.tables runs/faults.jsonl && exit $$status
 
 # tasks 2 and 3 side by side: half of such small steps is the import of libraries, which has one thread; task 3, the longer, takes both for the rest
 smoke: setup                   ## every step on a few rows: proves the path, never a number (5 min)
@@ -90,4 +104,4 @@ clean:                         ## deletes runs/ and the smoke results; committed
 
 help:                          ## this list (0 s)
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  MODEL=embedded-135m|embedded-2b|embedded-minilm|folder|owner/name[@revision]  DATA=file|owner/name[@revision]  TERMS=found|ru|file (task3)  NPROC=GPUs  SET="knob=value ..."  PY=python3'
+	@echo '  variables: PROFILE=cpu|smoke|gpu  RUN=name  RUNS="a b" (report)  MODEL=embedded-135m|embedded-2b|embedded-minilm|folder|owner/name[@revision]  DATA=file|folder|owner/name[:configuration[:split]][@revision]  COLUMNS="prompt=question completion=answer"  BENCHMARK=file.yaml (task1)  TERMS=found|ru|file (task3)  NPROC=GPUs  SET="knob=value ..."  PY=python3'

@@ -20,7 +20,7 @@ NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)
 REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*", re.ASCII)
 TABLES = [f".{name}{packed}" for packed in ("", ".gz", ".zst")
           for name in ("parquet", "jsonl", "json", "csv", "txt", "arrow")]
-WANTED = {"model": ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors",
+WANTED = {"model": ["README.md", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors",
                     "*pytorch_model*.bin"],
           "dataset": ["README.md", *(f"*{suffix}" for suffix in TABLES)]}  # no *.py: other people's code
 UNWANTED = ["onnx/*", "openvino/*", "original/*", "coreml/*", "checkpoint*/*", "*consolidated*"]  # in models
@@ -32,6 +32,14 @@ def parse(source: str) -> tuple[str, str | None]:
     """Split "owner/name@revision" into the name and the revision, which is None if it is not given."""
     name, _, revision = source.partition("@")
     return name, revision or None
+
+
+def data_set(source: str) -> tuple[str, str | None, str]:
+    """("owner/name@revision", configuration, split) of owner/name[:configuration[:split]][@revision]."""
+    names, at, revision = source.partition("@")
+    name, _, part = names.partition(":")
+    configuration, _, split = part.partition(":")
+    return name + at + revision, configuration or None, split or "train"
 
 
 def is_id(source: str) -> bool:
@@ -79,7 +87,8 @@ def fetch(source: str, kind: str = "model", choices: str = "a local folder") -> 
         listing = [file.path for file in get_cached_repo_tree(name, repo_type=kind, revision=revision)]
     except CachedRepoTreeNotFoundError:  # nothing or single files: only the hub knows what is missing
         listing = []
-    if listing and all((folder / file).is_file() for file in select(listing, source, kind)[0]):
+    needed = set(select(listing, source, kind)[0] if listing else []) - {"README.md"}
+    if needed and all((folder / file).is_file() for file in needed):
         return folder, commit
     failed, remedy = f"no hub answers at {constants.ENDPOINT}", f"try again, or use {choices}"
     try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import platform
-import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 # oneDNN keeps what it prepares for each width of a batch, by default for 1,024: with 64, task 1's training on
 # a CPU peaks at 4.2 GiB instead of 5.5 and a step takes 1.29 s instead of 1.33. It is read at the first use.
@@ -28,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from common import hub, results
+from common import checks, hub, results
 
 # cuDNN's attention returns NaN gradients for masked batches of certain widths (64, 192, ... columns: pytorch
 # issue 196678), and PyTorch prefers it on recent GPUs: step 80 of a run on an H200 turned every weight into
@@ -146,17 +145,17 @@ def resolve(name: str, choices: str = DECODERS) -> str:
         folder = hub.fetch(name, "model", choices)[0]
     if not folder.is_dir():
         raise SystemExit(f"MODEL={name}: no such folder, and not a hub id (owner/name); take {choices}")
-    needed = {"config.json": ("config.json", "modules.json"),
-              "weights (*.safetensors)": ("**/*.safetensors", "**/pytorch_model*.bin")}
-    for what, patterns in needed.items():
-        if not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise SystemExit(f"MODEL={name}: no {what} there; expected what save_pretrained writes")
+    checks.complete(folder)
     return str(folder)
 
 
 def public_name(name: str) -> tuple[str, str | None]:
-    """(name, commit) by which others find the base of an adapter; without a commit if it is of no hub."""
-    return (hub.parse(name)[0], hub.cached_revision(name)) if hub.is_id(name) else (name, None)
+    """(name, commit) by which others find the base of an adapter; without a commit if it is of no hub, and
+    without the path of a folder, which would say something about this machine.
+    """
+    if hub.is_id(name):
+        return hub.parse(name)[0], hub.cached_revision(name)
+    return Path(name).absolute().name, None
 
 
 def written_once(name: str, write) -> Path:
@@ -324,17 +323,22 @@ def causal_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@contextlib.contextmanager
-def replaced(target, name: str, value):
-    """`target` with another attribute `name`, for the time of a with block."""
-    own = vars(target).get(name)
-    setattr(target, name, value)
-    try:
-        yield
-    finally:
-        delattr(target, name)
-        if own is not None:
-            setattr(target, name, own)
+def stop_ids(model, tokenizer, examples=()) -> list[int]:
+    """Ids that end an answer: EOS of model and tokenizer, and the "end" of encoded examples."""
+    own = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(example["end"] for example in examples)}
+    return sorted((stops | set(own if isinstance(own, list) else [own])) - {None})
+
+
+def save_companions(model, tokenizer, folder: Path, examples=()) -> None:
+    """Write what other tools need beside weights: the tokenizer with its chat template, and a
+    generation_config.json with `stop_ids`, so that a plain `generate` stops where our evaluation does.
+    """
+    generation = model.generation_config
+    generation.eos_token_id = stop_ids(model, tokenizer, examples)
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def greedy(model, pad_token_id: int, stops: list[int]):
@@ -343,7 +347,7 @@ def greedy(model, pad_token_id: int, stops: list[int]):
     Outside it obeys the model's own generation_config, where many ask for penalties and sampling.
     """
     config = GenerationConfig(pad_token_id=pad_token_id, eos_token_id=stops)
-    return replaced(causal_of(model), "generation_config", config)
+    return mock.patch.object(causal_of(model), "generation_config", config)
 
 
 class Decoded(BaseModelOutputWithPastAndCrossAttentions):
@@ -361,7 +365,7 @@ def logits_of(model, hidden: torch.Tensor) -> torch.Tensor:
     causal = causal_of(model)
     decoded = Decoded(last_hidden_state=hidden[None])
     ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-    with replaced(causal.get_decoder(), "forward", lambda *args, **kwargs: decoded):
+    with mock.patch.object(causal.get_decoder(), "forward", lambda *args, **kwargs: decoded):
         return causal(input_ids=ids, use_cache=False).logits[0].float()
 
 
@@ -382,23 +386,8 @@ def linear_layers(model, skip: tuple[str, ...] = ()) -> dict[str, tuple[int, int
 
 
 def lora_targets(model, wanted: str, skip: tuple[str, ...] = ()) -> list[str] | str:
-    """The knob `target_modules` as PEFT takes it, checked against the model's `linear_layers`.
-
-    "all-linear" becomes the sorted endings of all their names, names separated by commas become a list, and a
-    regular expression stays one. SystemExit with the endings if a name or the expression matches no layer.
-    """
-    layers = linear_layers(model, skip)
-    endings = sorted({re.search(r"[^.]+(\.\d+)*$", name)[0] for name in layers})  # "mlp.0" rather than "0"
-    if wanted == "all-linear" and endings:
-        return endings
-    names = wanted.split(",") if re.fullmatch(r"[\w.,]+", wanted) else []
-    patterns = {name: rf"(.*\.)?{re.escape(name)}" for name in names} or {wanted: wanted}
-    missing = [name for name, pattern in patterns.items()
-               if not any(re.fullmatch(pattern, layer) for layer in layers)]
-    if missing:
-        raise SystemExit(f"target_modules: no linear layer named {', '.join(missing)} in "
-                         f"{type(causal_of(model)).__name__}; it has {', '.join(endings) or 'none'}")
-    return names or wanted
+    """The knob `target_modules` as PEFT takes it, checked against the model's `linear_layers`."""
+    return checks.target_modules(wanted, list(linear_layers(model, skip)), type(causal_of(model)).__name__)
 
 
 def size(model) -> dict[str, int]:

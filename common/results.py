@@ -29,6 +29,7 @@ import platform
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -37,19 +38,24 @@ from pathlib import Path
 from common import hub
 
 ROOT = Path(__file__).resolve().parent.parent
-PLUMBING = {"common/results.py", "common/hub.py", "common/__init__.py"}  # these never change a number
+# these never change a number
+PLUMBING = {"common/results.py", "common/hub.py", "common/checks.py", "common/card.py", "common/__init__.py"}
 UPSTREAM: dict = {}  # what earlier steps chose by themselves, of those this process has loaded
 FACTS: dict = {}  # what this process chose by itself (number format, threads): part of every result's `env`
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only the first process prints and writes
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval",
             "sentence-transformers", "tokenizers", "numpy", "scipy", "scikit-learn")
 PROFILES = ("smoke", "cpu", "gpu")
+SOURCES = ("model", "data", "columns", "benchmark", "terms")  # knobs that are variables of the Makefile
 CHOICES = {"compute": ("auto", "bf16", "fp16", "fp32"), "precision": ("nf4", "bf16", "fp16", "fp32"),
            "gradient_checkpointing": ("auto", "on", "off")}
-# Words in an error of the system or of torch, and what a user can do about it.
+LESS_MEMORY = "SET='eval_batch_size=.. rows_per_pass=..' lower, or a smaller MODEL="
+# Words in an error of the system or of a library, and what a user can do about it.
 REMEDIES = {os.strerror(errno.ENOSPC): "free some space", os.strerror(errno.EROFS): "make it writable",
             os.strerror(errno.EACCES): "make it writable",
-            "out of memory": "SET='eval_batch_size=.. rows_per_pass=..' lower, or a smaller MODEL="}
+            "unexpected pos": f"{os.strerror(errno.ENOSPC)}: free some space",  # as torch.save says it
+            "out of memory": LESS_MEMORY, "allocate memory": LESS_MEMORY, "Unable to allocate": LESS_MEMORY,
+            "bad_alloc": LESS_MEMORY, "start new thread": LESS_MEMORY}
 AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_every", "max_steps", "log_every",
               "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
 
@@ -59,6 +65,8 @@ AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_eve
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -78,21 +86,63 @@ def read_rows(path: Path) -> list[dict]:
         return [json.loads(line) for line in stream]
 
 
+def sealed(result: dict) -> str:
+    """The text of a result file, with a checksum of all that is in it.
+
+    It is there against slips and stale copies, not against forgers, who could compute it as well.
+    """
+    result = json.loads(json.dumps(result | {"checksum": None}, allow_nan=False))  # keys become text
+    return json.dumps(result | {"checksum": digest(result)}, indent=1, ensure_ascii=False) + "\n"
+
+
 def read(path: Path, remedy: str = "") -> dict:
-    """A stored result. SystemExit with the command that makes it (`remedy`) if it is missing or cut short."""
+    """A stored result. SystemExit with the command that makes it (`remedy`) if it is missing, or not what the
+    step wrote to this path: cut short, edited, or copied from elsewhere.
+    """
     remedy = remedy or command(path, "", {})
     if not path.exists():
         raise SystemExit(f"{shown(path)} is missing: {remedy}")
+    run, task = path.parts[-3:-1]
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        whole = result | {"run": run, "task": task, "step": path.stem, "checksum": None}
+    except (ValueError, TypeError, RecursionError) as err:
         raise SystemExit(f"{shown(path)} is cut short or no JSON ({err}): delete it, then {remedy}") from None
+    if whole != result | {"checksum": None} or digest(whole) != result.get("checksum"):
+        raise SystemExit(f"{shown(path)} was edited or copied from another run (its checksum is wrong or "
+                         f"missing): restore it, or delete it, then {remedy}")
+    return result
 
 
 def shown(path: Path | str) -> str:
     """A path as people should read it: relative to the repository where possible."""
     path = Path(path)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def visible(text: str) -> str:
+    """Text with a code like \\u202e for each character that cannot be seen and may change what others look
+    like: controls (of terminals too), bidirectional and zero-width ones. Line feeds, tabs and the usual
+    blanks stay.
+    """
+    kept = "\n\t\u00a0\u202f\u3000"
+    return "".join(c if c.isprintable() or c in kept else f"\\u{ord(c):04x}" for c in text)
+
+
+def public(text: str) -> str:
+    """A source (model, data, terms, benchmark) as anything saved may name it.
+
+    A path inside the repository is relative to it, and of one outside only the last part remains.
+    """
+    path = Path(os.path.abspath(Path(text).expanduser()))
+    if not (text and path.exists()):  # a name, or an id of a hub
+        return text
+    return shown(path) if path.is_relative_to(ROOT) else path.name
+
+
+def stored(values: dict) -> dict:
+    """Knobs or settings as results keep them: their sources are `public`."""
+    return {name: public(value) if name in SOURCES else value for name, value in values.items()}
 
 
 def command(path: Path, profile: str, settings: dict[str, str]) -> str:
@@ -102,7 +152,7 @@ def command(path: Path, profile: str, settings: dict[str, str]) -> str:
     words = ["make", "ablations" if step == "ablations.json" else task.split("_")[0]]
     words += [f"PROFILE={profile}"] if profile != "cpu" else []
     words += [f"RUN={run}"] if run != profile or settings else []
-    sources = [name for name in ("model", "data", "terms") if name in settings]
+    sources = [name for name in SOURCES if name in settings]
     words += [f"{name.upper()}={shlex.quote(settings[name])}" for name in sources]
     knobs = [shlex.quote(f"{name}={settings[name]}") for name in settings if name not in sources]
     return " ".join(words + ([f'SET="{" ".join(knobs)}"'] if knobs else []))
@@ -110,15 +160,30 @@ def command(path: Path, profile: str, settings: dict[str, str]) -> str:
 
 # -------------------------------------------------------------------------------------------------- hashes
 
-def sha256(path: Path) -> str:
-    """Hash of a file, or of all files of a folder with their names."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        digest.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
+def digest(value) -> str:
+    """Short hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sha256(path: Path, whole: int = 1 << 30) -> str:
+    """Hash of a file, or of all files of a folder with their names, but for README.md: 04 writes the card of
+    what 03 has hashed.
+
+    Of a file of weights above `whole` bytes it reads the size and one MiB in sixteen (4 GB: 0.3 s instead of
+    3): another training changes weights everywhere, and the first MiB has the names and shapes.
+    """
+    found = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "README.md")
+    for file in files if path.is_dir() else [path]:
+        found.update(file.relative_to(path).as_posix().encode() if path.is_dir() else b"")
+        size, block = file.stat().st_size, 1 << 20
+        sparse = file.suffix == ".safetensors" and size > whole
+        found.update(str(size).encode() if sparse else b"")
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+            for start in range(0, size, 16 * block if sparse else block):
+                stream.seek(start)
+                found.update(stream.read(block))
+    return found.hexdigest()
 
 
 def canonical(node) -> str:
@@ -131,9 +196,9 @@ def canonical(node) -> str:
 
 
 def source_hash(path: Path) -> str:
-    """Hash of a file, for Python without comments and docstrings, which change no result."""
+    """Hash of a file or folder, for Python without comments and docstrings, which change no result."""
     if path.suffix != ".py":
-        return sha256(path)[:16]
+        return sha256(path, whole=1 << 26)[:16]  # `make` asks for a model folder at every step: 0.05 s a GB
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         match node:
@@ -145,8 +210,7 @@ def source_hash(path: Path) -> str:
 def result_hash(result: dict) -> str:
     """Hash of what a later step can depend on: configuration, rows, artifacts. Not time, machine or memory.
     """
-    kept = {key: result.get(key) for key in ("config", "rows", "artifacts")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    return digest({key: result.get(key) for key in ("config", "rows", "artifacts")})
 
 
 def imported_modules() -> dict[str, str]:
@@ -200,7 +264,10 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     parser.add_argument("--profile", default="cpu", help="smoke, cpu (default) or gpu")
     parser.add_argument("--run", help="name of the results folder (default: the profile's name)")
     parser.add_argument("--model", help="an embedded model, a model folder or a hub id owner/name[@revision]")
-    parser.add_argument("--data", help="corpus, a JSONL/CSV/Parquet file or a hub id owner/name[@revision]")
+    parser.add_argument("--data", help="corpus, a JSONL, JSON, CSV, TSV, Parquet file, folder of texts, or "
+                        "a hub id owner/name[:configuration[:split]][@revision]")
+    parser.add_argument("--columns", help="your names of columns: 'prompt=question completion=answer'")
+    parser.add_argument("--benchmark", help="task 1: a task definition of lm-eval (YAML), scored beside ours")
     parser.add_argument("--set", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs of any script")
     args = parser.parse_args(argv)
     settings = {}
@@ -209,7 +276,7 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
         if not equals:
             raise SystemExit(f"--set {text!r}: expected KNOB=VALUE; a value with blanks in quotes: "
                              "SET=\"'knob=two words'\"")
-    settings.update({name: getattr(args, name) for name in ("model", "data") if getattr(args, name)})
+    settings.update({name: getattr(args, name) for name in SOURCES if getattr(args, name, None)})
 
     everywhere = {path: knobs(path) for path in script.parent.parent.glob("task*/*.py")}
     names = set().union(*everywhere.values())
@@ -230,12 +297,23 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
 
 
 def check_arguments(file: str, doc: str) -> None:
-    """Called by a script before its slow imports: --help and wrong arguments are answered at once."""
-    parse_arguments(sys.argv[1:], Path(file).resolve(), doc)
+    """Called by a script before its slow imports: --help and wrong arguments are answered at once, and it
+    says about how many minutes the step takes.
+    """
+    from common import checks
+    script = Path(file).resolve()
+    args = parse_arguments(sys.argv[1:], script, doc)
+    checks.sources(script, args.settings)
+    if MAIN_PROCESS and (minutes := checks.minutes(script, args)):
+        print(minutes, flush=True)
     for library in ("bitsandbytes", "lm_eval"):  # they advise to install optional packages
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.stderr.isatty():  # no progress bars in a log file: libraries read this when they are imported
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it is ignored
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(
+            f"\n{Path(file).stem} interrupted; nothing half-written. The same command goes on from the last "
+            "checkpoint, if there is one"))
 
 
 def configure(config_class, profiles: tuple[dict, ...], profile: str, settings: dict):
@@ -264,7 +342,7 @@ def chosen(only: str, possible: list[str]) -> list[str]:
 
 def cached(path: Path, given: list, make) -> dict:
     """What `make()` returned, kept at `path` as long as `given` (knobs, data) and the code are the same."""
-    identity = hashlib.sha256(json.dumps([given, imported_modules()]).encode()).hexdigest()
+    identity = digest([given, imported_modules()])
     if not (path.exists() and json.loads(path.read_text())["identity"] == identity):
         write_atomic(path, json.dumps({"identity": identity, **make()}))
     return json.loads(path.read_text())
@@ -282,7 +360,8 @@ class Run:
         self.result_path = ROOT / "results" / self.name / self.task / f"{self.step}.json"
         self.remedy = command(self.result_path, args.profile, args.settings)
         self.inputs: dict[str, str] = {}
-        self.started = time.time()
+        self.verified: set[str] = set()  # artifacts of earlier steps
+        self.started = time.monotonic()
 
     def load(self, step: str) -> dict:
         """An earlier step's result, now an input. SystemExit if it is missing, cut short or of other knobs.
@@ -295,52 +374,65 @@ class Run:
                 raise SystemExit(f"{shown(path)} was made with {source} at commit {result['inputs'][name]}, "
                                  f"this machine now has {commit}: name one, as in {source}@{commit}, or "
                                  "another RUN=")
-        for name, value in dataclasses.asdict(self.cfg).items():
+        knobs = dataclasses.asdict(self.cfg)
+        for name, value in stored(knobs).items():
             if result["config"].get(name, value) != value:
                 raise SystemExit(f"{shown(path)} was made with {name}={result['config'][name]!r}, this step "
                                  f"has {value!r}: give every step the same value, or another RUN= name")
         self.inputs[f"step:{step}"] = result_hash(result)
         UPSTREAM.update({name: value for name, value in result["env"].items() if name == "compute"})
-        return result
+        whole = {name: knobs[name] for name in SOURCES if name in knobs and name in result["config"]}
+        return result | {"config": result["config"] | whole}  # sources as this machine finds them
 
     def artifact(self, step: str, name: str) -> Path:
-        """A file or folder that an earlier step left under runs/. SystemExit if it is not there."""
+        """A file or folder that an earlier step left under runs/. SystemExit if it is not there, or not what
+        that step's result says: new results beside an old runs/, or an edit.
+        """
         path = self.folder / name
         if not path.exists():
             raise SystemExit(f"{shown(path)} is missing (made by {step}): {self.remedy}")
+        made = read(self.result_path.with_name(f"{step}.json"), self.remedy)["artifacts"].get(name)
+        if name not in self.verified and sha256(path) != made:
+            raise SystemExit(f"{shown(path)} is not what {step} left there (SHA-256 differs from its result):"
+                             f" delete it, then {self.remedy}")
+        self.verified.add(name)
         return path
 
     def hub_commits(self) -> dict[str, str]:
         """{"hub:model:owner/name": commit} of what this step takes from a hub, if it is on this machine
         yet.
         """
-        sources = {"model": getattr(self.cfg, "model", ""), "dataset": getattr(self.cfg, "data", "")}
+        sources = {"model": getattr(self.cfg, "model", ""),
+                   "dataset": hub.data_set(getattr(self.cfg, "data", ""))[0]}
         commits = {f"hub:{kind}:{source}": hub.cached_revision(source, kind)
                    for kind, source in sources.items() if hub.is_id(source)}
         return {name: commit for name, commit in commits.items() if commit}
 
-    def track(self, path: Path) -> Path:
-        """Make a data file that this step reads part of its freshness."""
-        self.inputs[f"file:{shown(path)}"] = source_hash(path)
-        return path
+    def track(self, path: Path) -> None:
+        """Make a data file or a model folder that this step reads part of its freshness."""
+        kind = "file" if Path(os.path.abspath(path)).is_relative_to(ROOT) else "outside"
+        self.inputs[f"{kind}:{public(str(path))}"] = source_hash(path)
 
     def log(self, **values) -> None:
         """One key=value line; the last line of a step is its verdict."""
         words = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()]
-        print(" ".join(words), flush=True)
+        print(visible(" ".join(words)).replace("\n", "\\n"), flush=True)
 
     def save(self, rows: list[dict], artifacts: list[str] = (), tokens_per_second: float | None = None):
         """Write the step's result file. Values stay numbers at full precision, and missing ones are null."""
-        seconds = time.time() - self.started
+        model = Path(getattr(self.cfg, "model", "")).expanduser()
+        if model.name and model.is_dir():
+            self.track(model)
+        seconds = time.monotonic() - self.started
         cost = {"seconds": round(seconds, 1), "peak_memory_bytes": peak_memory(),
                 "tokens_per_second": tokens_per_second}
         result = {"run": self.name, "profile": self.profile, "task": self.task, "step": self.step,
-                  "settings": self.settings, "config": dataclasses.asdict(self.cfg), "rows": rows,
+                  "settings": stored(self.settings), "config": stored(dataclasses.asdict(self.cfg)),
+                  "rows": rows,
                   "inputs": {**imported_modules(), **self.inputs, **self.hub_commits()},
                   "artifacts": {name: sha256(self.folder / name) for name in artifacts},
                   "env": environment(), "cost": cost}
-        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-        write_atomic(self.result_path, text + "\n")
+        write_atomic(self.result_path, sealed(result))
         print(f"{self.step}: wrote {shown(self.result_path)} after {seconds / 60:.1f} min", flush=True)
 
 
@@ -358,13 +450,13 @@ def start(main, config_class, *profiles: dict) -> None:
         run = Run(args, script, configure(config_class, profiles, args.profile, args.settings))
         with only_one(run) if MAIN_PROCESS else contextlib.nullcontext():
             main(run)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\n{script.stem} interrupted; nothing half-written. The same command goes on from "
-                         "the last checkpoint, if there is one") from None
     except Exception as err:
+        text = str(err) or "out of memory" * isinstance(err, MemoryError)
         for words, remedy in REMEDIES.items():
-            if words in str(err):
-                said = str(err).split(". ")[0]  # torch adds advice about its allocator
+            if words in text:
+                said = ". ".join(text.split(". ")[:2])  # torch adds advice about its allocator
+                if remedy == LESS_MEMORY and "predicted_GiB" in FACTS:
+                    said += f"; {FACTS['predicted_GiB']:.1f} GiB were predicted"
                 raise SystemExit(f"{script.stem}: {said}; {remedy}, then repeat the command") from None
         raise
 
@@ -386,7 +478,7 @@ def only_one(run: Run):
 
 def environment() -> dict:
     """Versions, device and commit of this process."""
-    env = {"python": platform.python_version(), **FACTS}
+    env = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), **FACTS}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             env[package] = importlib.metadata.version(package)
@@ -420,28 +512,39 @@ def peak_memory() -> int:
 
 # ----------------------------------------------------------------------------------------------- freshness
 
-def changed(path: Path, args=None) -> str | None:
-    """What differs between now and when the result at `path` was made; None if nothing does."""
+def changed(path: Path, args=None, given=()) -> str | None:
+    """What differs between now and when the result at `path` was made; None if nothing does.
+
+    Of a file or folder outside the repository results keep the name only: it is compared if it is among the
+    sources in `args` (paths `given`) or beside one of them.
+    """
     if not path.exists():
         return "no result yet"
     try:
         result = read(path)
     except SystemExit as err:
         return str(err)
-    if args and (args.profile, args.settings) != (result["profile"], result["settings"]):
-        return (f"asked for profile={args.profile} {args.settings}, "
-                f"stored is profile={result['profile']} {result['settings']}")
+    if args:
+        asked = stored(args.settings)
+        given = [Path(args.settings[name]).expanduser() for name in SOURCES if name in args.settings]
+        if (args.profile, asked) != (result["profile"], result["settings"]):
+            return (f"asked for profile={args.profile} {asked}, "
+                    f"stored is profile={result['profile']} {result['settings']}")
     for name, old in result["inputs"].items():
         kind, _, rest = name.rpartition(":")
         if kind == "step":
             source = path.with_name(f"{rest}.json")
-            if reason := changed(source):
+            if reason := changed(source, given=given):
                 return f"{rest} is stale ({reason})"
             now = result_hash(read(source))
         elif kind.startswith("hub:"):  # a clone without the repository in its cache keeps its results
             now = hub.cached_revision(rest, kind.removeprefix("hub:")) or old
             if now != old:
                 return f"{rest} is at commit {now[:12]}, was {old[:12]}"
+        elif kind == "outside":
+            places = [place for path in given for place in (path, path.with_name(rest))
+                      if place.name == rest and place.exists()]
+            now = source_hash(places[0]) if places else old
         elif (ROOT / rest).exists():
             now = source_hash(ROOT / rest)
         else:

@@ -58,6 +58,15 @@ def delta_rows(table: str, name: str, before: list[dict], after: list[dict], met
     return rows
 
 
+def refuse_unchanged(before, after) -> None:
+    """SystemExit if all scored items are what they were before training: it changed nothing, or was not
+    loaded.
+    """
+    if before == after:
+        raise SystemExit("every item is scored as before training: the trained weights were not loaded or "
+                         "change nothing; train again, with a learning rate above 0")
+
+
 def ratio_interval(totals, weights) -> dict:
     """sum(totals) / sum(weights) with a 95 % bootstrap interval over items: {"value", "lo", "hi", "n"}."""
     totals, weights = _finite(totals), _finite(weights)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import importlib.util
 import math
 import os
 import shutil
@@ -14,6 +13,7 @@ import accelerate
 import psutil
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from common import models, results
@@ -70,13 +70,34 @@ class Log(TrainerCallback):
             self.log(**self.names, step=f"{state.global_step}/{state.max_steps}", **values)
 
 
+class TensorBoard(TensorBoardCallback):
+    """The library's callback: one curve if a run was resumed, nothing of an earlier run, and not the
+    arguments, which name folders of this machine.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if results.MAIN_PROCESS:
+            if not state.global_step:
+                shutil.rmtree(self.logging_dir, ignore_errors=True)
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
+
+
+def tensorboard(folder: Path) -> list[TensorBoard]:
+    """[the callback that writes the curves into `folder`], or [] if TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return []
+    callback = TensorBoard()
+    callback.logging_dir = folder
+    return [callback]
+
+
 def open_checkpoints(folder: Path, identity: list) -> str | None:
     """The last checkpoint in `folder` to resume from, or None.
 
     Checkpoints of another `identity` (knobs, data) are removed, because resuming would mix two runs, and so
     is one that a kill cut short: the library writes its state last.
     """
-    digest, stored = hashlib.sha256(json.dumps(identity).encode()).hexdigest(), folder / "identity"
+    digest, stored = results.digest(identity), folder / "identity"
     with accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first():
         if results.MAIN_PROCESS:
             if folder.exists() and not (stored.exists() and stored.read_text() == digest):

@@ -1,18 +1,24 @@
-"""Render report.md and its figures from results/ with the Jinja2 templates beside this file.
+"""Render report.md, a page per run and task, and their figures from results/ with the Jinja2 templates here.
 
-    python -m report.render          write what changed (twice gives identical bytes)
-    python -m report.render check    exit 1 if the report is out of date, a result is stale, or a knob has
-                                     no reason
+    python -m report.render               write what changed (twice gives identical bytes)
+    python -m report.render RUN[/TASK]    the pages of one run, or of one of its tasks
+    python -m report.render RUN OTHER     two runs side by side: results/RUN+OTHER/TASK/README.md
+    python -m report.render check         exit 1 if something is out of date, a result is stale or edited,
+                                          or a knob has no reason
 
-The prose and the choice of tables are in the templates: report.md.j2 includes one file per task. What a
-template prints goes through `printed`: a result row becomes "value [lo, hi]", a number is rounded, text is
-escaped. A row that a template asks for and a run does not have stops the rendering with its name. Results of
-the profile "smoke" are never read.
+The prose and the choice of tables are in the templates: report.md.j2 includes one file per task, page.md.j2
+and pair.md.j2 serve all tasks. What a template prints goes through `printed`: a result row becomes
+"value [lo, hi]", a number is rounded, text is escaped. A row that a template asks for and a run does not have
+stops the rendering with its name. Results of the profile "smoke" never get into report.md.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
+import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -24,7 +30,9 @@ from matplotlib.figure import Figure
 
 from common import results
 
-ESCAPES = {character: f"&#{ord(character)};" for character in "&<>|*`["} | {"\n": "<br>", "  ": "&nbsp; "}
+# what Markdown, HTML, links that are found without brackets, and formulas are made of
+ESCAPES = {character: f"&#{ord(character)};" for character in "&<>|*`[~$\\"}
+ESCAPES |= {"://": "&#58;//", "www.": "www&#46;", "\n": "<br>", "  ": "&nbsp; "}
 # verdict -> colour and marker: told apart on white paper, in grey and by colour-blind readers
 VERDICTS = {"improved": ("#0b4f8a", "o"), "worse": ("#d9480f", "X"), "no difference shown": ("#868e96", "d"),
             None: ("#212529", "|")}
@@ -58,16 +66,15 @@ def printed(value) -> Markup:
         return printed(value["value"]) + Markup(bounds)
     if not isinstance(value, str | bool | jinja2.Undefined):
         return Markup(number(value))
-    text = str(value)
+    text = results.visible(str(value).replace("\r\n", "\n").expandtabs(4))
     for old, new in ESCAPES.items():
         text = text.replace(old, new)
-    return Markup(text)
+    return Markup(re.sub(r"\b_+|_+\b", lambda found: "&#95;" * len(found[0]), text))
 
 
 def code(text: str, limit: int = 300) -> Markup:
     """Text of the data or of a model as code, cut at `limit` characters."""
-    cut = str(printed(text if len(text) <= limit else text[:limit] + " ..."))
-    return Markup(f"<code>{cut.replace('_', '&#95;')}</code>")
+    return Markup(f"<code>{printed(text if len(text) <= limit else text[:limit] + ' ...')}</code>")
 
 
 def label(row: dict) -> str:
@@ -77,11 +84,10 @@ def label(row: dict) -> str:
 
 # -- results ---------------------------------------------------------------------------------------------
 
-def load_all(root: Path) -> dict[tuple[str, str, str], dict]:
-    """{(run, task, step): result} of all runs but smoke ones, "cpu" first."""
-    paths = sorted(root.glob("*/*/*.json"), key=lambda path: (path.parts[-3] != "cpu", path))
-    found = {(path.parts[-3], path.parts[-2], path.stem): results.read(path) for path in paths}
-    return {key: result for key, result in found.items() if result["profile"] != "smoke"}
+def load_all(root: Path, run: str = "*", task: str = "*") -> dict[tuple[str, str, str], dict]:
+    """{(run, task, step): result} of all runs and tasks or of one, "cpu" first."""
+    paths = sorted(root.glob(f"{run}/{task}/*.json"), key=lambda path: (path.parts[-3] != "cpu", path))
+    return {path.with_suffix("").parts[-3:]: results.read(path) for path in paths}
 
 
 def rows(result: dict, **wanted) -> list[dict]:
@@ -101,38 +107,38 @@ def like(result: dict, given: dict, **changes):
     return row(result, **{key: given[key] for key in keys if key in given} | changes)
 
 
-class Report:
-    """What the templates call, over the results of one folder; figures are collected while they render."""
+def knobs_of(task: str = "task*") -> dict[str, dict]:
+    """{script: its `results.knobs`} of the scripts of a task or of all, what they share first."""
+    paths = sorted(results.ROOT.glob(f"{task}/*.py"),
+                   key=lambda path: (path.parent, path.stem != "task", path))
+    return {results.shown(path): results.knobs(path) for path in paths}
 
-    def __init__(self, root: Path):
-        self.root, self.found, self.figures = root, load_all(root), {}
+
+class Report:
+    """What a template calls, over the results `found` in `root`; figures are collected while `target` is
+    rendered.
+    """
+
+    def __init__(self, root: Path, found: dict, target: Path):
+        self.root, self.found, self.target, self.figures = root, found, target, {}
 
     def step(self, run: str, task: str, step: str):
         missing = jinja2.StrictUndefined(f"{run}/{task}/{step} is missing")
         return self.found.get((run, task, step), missing)
 
-    def shown(self, task: str, step: str, others: bool = True) -> list[dict]:
-        """Results of a step: first of the run that a section shows (the first that reached 04), then of the
-        other runs of the profile "gpu"."""
-        evaluated = [key[0] for key in self.found if key[1:] == (task, "04_eval")]
-        of_step = {key[0]: result for key, result in self.found.items() if key[1:] == (task, step)}
-        first = [of_step.pop(run) for run in evaluated[:1] if run in of_step]
-        return first + [result for result in of_step.values() if others and result["profile"] == "gpu"]
+    def used(self, run: str, task: str) -> dict:
+        """{knob: value} of all steps of a run."""
+        values = {}
+        for key, result in self.found.items():
+            values |= result["config"] if key[:2] == (run, task) else {}
+        return values
 
-    def stale(self, key: tuple[str, str, str]) -> str | None:
-        """Why a result is stale, or None."""
-        return results.changed(self.root.joinpath(*key).with_suffix(".json"))
-
-    def choices(self, task: str) -> list[tuple]:
-        """(script, [(knob, default, what the shown run used, reason)]) of the scripts of a task."""
-        found = []
-        for path in sorted((results.ROOT / task).glob("*.py"), key=lambda path: (path.stem != "task", path)):
-            run = self.shown(task, path.stem if path.stem != "task" else "04_eval", others=False)
-            used = {name: repr(value) for result in run for name, value in result["config"].items()}
-            knobs = [(name, knob["value"], used.get(name, knob["value"]), knob["reason"])
-                     for name, knob in results.knobs(path).items()]
-            found += [(results.shown(path), knobs)] if knobs else []
-        return found
+    def own_texts(self, run: str, task: str) -> dict[str, dict]:
+        """{id: row} of the test rows of a run on own data; nothing of the corpus, whose texts are others'."""
+        path = self.root.parent / "runs" / run / task / "test.jsonl"
+        if self.found[run, task, "01_data"]["config"]["data"] == "corpus" or not path.exists():
+            return {}
+        return {row.get("id"): row for row in results.read_rows(path)}
 
     # -- figures: white ground, so that they can be read on dark pages ------------------------------------
 
@@ -141,7 +147,8 @@ class Report:
         figure = Figure(figsize=(6.4, 0.28 * len(lines) + 0.9))
         axes = figure.add_subplot()
         axes.axvline(0, color="#868e96", lw=1)
-        axes.set_yticks(range(len(lines)), list(lines)[::-1])
+        names = [results.visible(name).replace("$", r"\$") for name in lines]  # no formulas
+        axes.set_yticks(range(len(lines)), names[::-1])
         places = list(enumerate(list(lines.values())[::-1]))
         for verdict, (colour, marker) in VERDICTS.items():
             own = [(y, row) for y, row in places if row.get("verdict") == verdict]
@@ -173,7 +180,7 @@ class Report:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         path = self.root / result["run"] / result["task"] / f"{name}.svg"
         self.figures[path] = re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
-        return Markup(f"![{title}]({path.relative_to(self.root.parent).as_posix()})")
+        return Markup(f"![{title}]({os.path.relpath(path, self.target.parent)})")
 
 
 def bars(points: list[dict]) -> list[list[float]] | None:
@@ -184,58 +191,129 @@ def bars(points: list[dict]) -> list[list[float]] | None:
     return None
 
 
-# -- putting it together ---------------------------------------------------------------------------------
+# -- pages -----------------------------------------------------------------------------------------------
 
-def render(root: Path) -> dict[Path, str]:
-    """{path: text} of report.md and its figures, from the results in the folder `root`.
+def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[Path, str]:
+    """{path: text} of a filled template and the figures it asks for.
 
     jinja2.UndefinedError names a row or key that a template needs and a result does not have.
     """
-    report = Report(root)
+    report = Report(root, found, target)
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                              finalize=printed, undefined=jinja2.StrictUndefined, trim_blocks=True,
                              lstrip_blocks=True)
-    env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": report.found}
-    env.globals |= {name: getattr(report, name)
-                    for name in ("step", "shown", "stale", "choices", "forest", "curve")}
-    env.filters |= {"number": number, "p": p_value, "code": code}
+    env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": found,
+                    "command": results.command, "changed": results.changed, "knobs_of": knobs_of,
+                    "root": root, "target": target, "step": report.step, "used": report.used,
+                    "own_texts": report.own_texts, "forest": report.forest, "curve": report.curve}
+    env.filters |= {"number": number, "p": p_value, "code": code, "label": label, "repr": repr}
     with matplotlib.rc_context(STYLE):
-        text = env.get_template("report.md.j2").render()
-    return {root.parent / "report.md": re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", **report.figures}
+        text = env.get_template(template).render(**given)
+    return {target: re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", **report.figures}
 
 
-def outdated(root: Path) -> dict[Path, str]:
-    """The part of `render` that differs from the files there are."""
-    return {path: text for path, text in render(root).items()
+def pages(root: Path, found: dict) -> dict[Path, str]:
+    """{path: text} of the page of each run and task in `found`."""
+    filled = {}
+    for run, task, step in found:
+        if step == "01_data":
+            filled |= fill("page.md.j2", root, found, root / run / task / "README.md", run=run, task=task)
+    return filled
+
+
+def side_by_side(root: Path, first: str, second: str) -> dict[Path, str]:
+    """{path: text} of a page per task that both runs have evaluated."""
+    found, filled = load_all(root, first) | load_all(root, second), {}
+    for task in sorted({key[1] for key in found}):
+        both = [found[run, task, "04_eval"] for run in (first, second) if (run, task, "04_eval") in found]
+        if len(both) == 2:
+            target = root / f"{first}+{second}" / task / "README.md"
+            filled |= fill("pair.md.j2", root, found, target, both=both, paired=paired_rows(root, both))
+    return filled
+
+
+def paired_rows(root: Path, both: list[dict]) -> list[dict]:
+    """Result rows of "second minus first", item by item, for two runs of a task; none for what was not
+    scored on the same items, or if the items of a run are not under runs/ as its 04 left them.
+    """
+    from common import stats
+    task, items, rows = both[0]["task"], [], []
+    for result in both:
+        name = next(name for name in result["artifacts"] if name.startswith("items"))
+        path = root.parent / "runs" / result["run"] / task / name
+        if not path.exists() or results.sha256(path) != result["artifacts"][name]:
+            return []
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        items.append(stored.get("new c2", stored))
+    module = importlib.import_module(f"{task}.task")
+    metrics = [metric for metric in (*module.METRICS, *getattr(module, "ACCURACY", ())) if metric.better]
+    for table, first in items[0].items():
+        second = items[1].get(table, [])
+        for metric in metrics:
+            weights = [[item.get(metric.bottom) for item in side] for side in (first, second)]
+            # tokens differ if the tokenizer does; errors are other items, or none of the metric
+            with contextlib.suppress(ValueError, KeyError):
+                if weights[0] == weights[1]:
+                    rows += stats.delta_rows(table, "second minus first", first, second, [metric])
+    return rows
+
+
+# -- putting it together ---------------------------------------------------------------------------------
+
+def render(root: Path) -> dict[Path, str]:
+    """{path: text} of report.md, the pages and their figures, from the results in the folder `root`."""
+    found = load_all(root)
+    real = {key: result for key, result in found.items() if result["profile"] != "smoke"}
+    return fill("report.md.j2", root, real, root.parent / "report.md") | pages(root, found)
+
+
+def outdated(files: dict[Path, str]) -> dict[Path, str]:
+    """Those of the rendered `files` that differ from what there is."""
+    return {path: text for path, text in files.items()
             if not path.exists() or path.read_text(encoding="utf-8") != text}
 
 
 def problems(root: Path) -> list[str]:
     """What `check` complains about, a line each."""
     found = []
-    for path in sorted(results.ROOT.glob("task*/*.py")):
-        found += [f"{results.shown(path)}: knob {name!r} has no reason in a comment above it"
-                  for name, knob in results.knobs(path).items() if not knob["reason"]]
-    report = Report(root)
-    for key, result in report.found.items():
+    for script, own in knobs_of().items():
+        found += [f"{script}: knob {name!r} has no reason in a comment above it"
+                  for name, knob in own.items() if not knob["reason"]]
+    for key, result in load_all(root).items():
         path = root.joinpath(*key).with_suffix(".json")
-        if reason := report.stale(key):
+        if result["profile"] != "smoke" and (reason := results.changed(path)):
             remedy = results.command(path, result["profile"], result["settings"])
             found.append(f"{results.shown(path)} is stale ({reason}): {remedy}")
-    return found + [f"{results.shown(path)} is out of date: make report" for path in outdated(root)]
+    return found + [f"{results.shown(path)} is out of date: make report" for path in outdated(render(root))]
 
 
 def main(argv: list[str]) -> int:
     root = results.ROOT / "results"
     if argv == ["check"]:
         wrong = problems(root)
-        print("\n".join(wrong) or "report, results and reasons are current")
+        for name in sorted({name for result in load_all(root).values() for name in result["inputs"]}):
+            if name.startswith("outside:"):
+                print(f"not compared: {name.removeprefix('outside:')}, which lies outside the repository")
+        print("\n".join(wrong) or "report, pages, results and reasons are current")
         return bool(wrong)
-    for path, text in outdated(root).items():
+    if len(argv) == 2:
+        files = side_by_side(root, *argv)
+    else:
+        files = pages(root, load_all(root, *argv[0].split("/", 1))) if argv else render(root)
+    if not files or argv[2:]:
+        raise SystemExit(f"RUNS={' '.join(argv)!r}: expected one run, or two that have evaluated the same "
+                         "task")
+    for path, text in outdated(files).items():
         results.write_atomic(path, text)
         print(f"wrote {results.shown(path)}")
+    for path in files:
+        if argv and path.suffix == ".md":
+            print(results.shown(path))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except jinja2.UndefinedError as missing:
+        sys.exit(f"report: {missing}")

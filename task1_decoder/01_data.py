@@ -1,7 +1,7 @@
 """Question: what does the model learn from, and is what it is tested on really unseen?
 
-Reads   the installed packages' source (or DATA=: JSONL, CSV, Parquet or hub id with `prompt` and
-        `completion`, or with `text`)
+Reads   the installed packages' source (or DATA=: a table, a folder of texts or a hub id, with `prompt` and
+        `completion`, chat `messages`, or `text`)
 Writes  results/<run>/task1_decoder/01_data.json, runs/<run>/task1_decoder/{train,dev,test,choice}.jsonl
 Needs   about 40 s and 1.5 GB the first time, 15 s with the parsed corpus cached under runs/assets/
 """
@@ -16,6 +16,7 @@ from common import results
 if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -59,14 +60,13 @@ def corpus_rows() -> tuple[list[dict], dict[str, int]]:
 def own_rows(run) -> tuple[list[dict], dict[str, int]]:
     """DATA= rows without near-duplicates, split by seed; a `text` becomes its first quarter and the rest."""
     cfg = run.cfg
-    if cfg.instruction == task.CORPUS_INSTRUCTION:
-        raise SystemExit(f"DATA={cfg.data}: say what your prompts ask for, SET=\"'instruction=...'\" "
-                         "(SET=instruction= for nothing)")
     least = cfg.n_test + cfg.n_dev + 32
-    from common.data import read_table
-    table = read_table(cfg.data, (("prompt", "completion"), ("text",)), minimum=least)
-    if Path(cfg.data).expanduser().is_file():
-        run.track(Path(cfg.data).expanduser().absolute())
+    from common import data
+    table = data.read_table(cfg.data, data.FORMS["task1_decoder"], minimum=least, columns=cfg.columns)
+    if cfg.instruction == task.CORPUS_INSTRUCTION:
+        data.check_instruction(cfg.data, table[0])
+    if Path(cfg.data).expanduser().exists():
+        run.track(Path(cfg.data).expanduser())
     rows = []
     for number, row in enumerate(table, 1):
         if "text" in row:
@@ -75,7 +75,8 @@ def own_rows(run) -> tuple[list[dict], dict[str, int]]:
             row = {"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:]),
                    "style": "plain"}
         rows.append({"id": f"row{number}", "name": f"row {number}", "package": "own", **row})
-    twins = corpus.near_duplicates([f"{row['prompt']} {row['completion']}" for row in rows])
+    texts = [f"{asked(row)} {row['completion']}" for row in rows]
+    twins, repeated = corpus.near_duplicates(texts), len(texts) - len(set(texts))
     kept = [row for row, twin in zip(rows, twins) if twin is None]
     if len(kept) < least:
         raise SystemExit(f"DATA={cfg.data}: {len(kept)} rows left after dropping {len(rows) - len(kept)} "
@@ -83,11 +84,17 @@ def own_rows(run) -> tuple[list[dict], dict[str, int]]:
     random.Random(cfg.seed).shuffle(kept)
     for i, row in enumerate(kept):
         row["split"] = "test" if i < cfg.n_test else "dev" if i < cfg.n_test + cfg.n_dev else "train"
-    held_out = {corpus.normalise(row["prompt"]) for row in kept if row["split"] != "train"}
+    held_out = {corpus.normalise(asked(row)) for row in kept if row["split"] != "train"}
     clean = [row for row in kept
-             if row["split"] != "train" or corpus.normalise(row["prompt"]) not in held_out]
-    return clean, {"parsed": len(rows), "near_duplicate": len(rows) - len(kept), "kept": len(kept),
+             if row["split"] != "train" or corpus.normalise(asked(row)) not in held_out]
+    return clean, {"parsed": len(rows), "repeated": repeated,
+                   "near_duplicate": len(rows) - len(kept) - repeated, "kept": len(kept),
                    "prompt_held_out": len(kept) - len(clean)}
+
+
+def asked(row: dict) -> str:
+    """Everything that stands before a row's completion: the turns of a chat, and the prompt."""
+    return " ".join([*itertools.chain(*row.get("turns", ())), row["prompt"]])
 
 
 def shuffled(rows: list[dict], split: str, seed: int) -> list[dict]:
@@ -104,7 +111,7 @@ def leaks(splits: dict[str, list[dict]], own: bool) -> dict[tuple[str, str], int
     """
     def texts(part):
         if own:
-            return [{"summary": r["prompt"], "code": f"{r['prompt']} {r['completion']}"} for r in part]
+            return [{"summary": asked(r), "code": f"{asked(r)} {r['completion']}"} for r in part]
         return [{"summary": r["completion"], "code": r["prompt"]} for r in part]
     counts = {(split, kind): n for split in ("test", "dev")
               for kind, n in corpus.leaks(texts(splits["train"]), texts(splits[split])).items()}
@@ -127,7 +134,7 @@ def choice_rows(test: list[dict], pool: list[dict], prompt: task.Prompt, n: int,
             wrong.sort(key=lambda text: abs(len(text) - len(right)))
             choices = [right, *rng.sample(wrong[:12], 3)]
             rng.shuffle(choices)
-            questions.append({"prompt": prompt.text(row["prompt"]), "choices": choices,
+            questions.append({"prompt": prompt.of(row).text(row["prompt"]), "choices": choices,
                               "answer": choices.index(right)})
     return questions
 
@@ -135,12 +142,13 @@ def choice_rows(test: list[dict], pool: list[dict], prompt: task.Prompt, n: int,
 # ----------------------------------------------------------------------------------- what the report shows
 
 def length_rows(tokenizer, cfg, splits: dict[str, list[dict]]) -> list[dict]:
-    """Percentiles of the lengths in tokens, and the share of texts that are shortened."""
+    """Percentiles of the lengths in tokens, and the share that is cut. Earlier turns count as prompt."""
     table = []
     for split, part in splits.items():
         for side, limit, eos in (("prompt", cfg.max_prompt_tokens, 0),
                                  ("completion", cfg.max_completion_tokens, 1)):
-            ids = tokenizer([row[side] for row in part], add_special_tokens=False).input_ids
+            texts = [asked(row) if side == "prompt" else row[side] for row in part]
+            ids = tokenizer(texts, add_special_tokens=False).input_ids
             lengths = np.array([len(text) + eos for text in ids])
             values = {f"p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)}
             values["cut_share"] = float(np.mean(lengths > limit))
@@ -190,7 +198,7 @@ def main(run):
     questions = choice_rows(splits["test"], pool, prompt, cfg.n_choice, cfg.seed)
     results.write_rows(run.folder / "choice.jsonl", questions)
     run.save(table, artifacts=["train.jsonl", "dev.jsonl", "test.jsonl", "choice.jsonl"])
-    run.log(train=counts["train"], dev=counts["dev"], test=counts["test"], leaks=sum(leaked.values()))
+    run.log(**counts, leaks=sum(leaked.values()))
 
 
 if __name__ == "__main__":

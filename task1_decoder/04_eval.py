@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from peft import PeftModel
 
-from common import models, stats
+from common import card, models, stats
 from task1_decoder import scoring, task
 
 
@@ -42,11 +42,12 @@ PROFILES = {
 }
 
 
-def compared(name: str, before: dict[str, list[dict]], after: dict[str, list[dict]]) -> list[dict]:
+def compared(name: str, before: dict[str, list[dict]], after: dict[str, list[dict]],
+             tables: dict = task.TABLES) -> list[dict]:
     """Result rows of `after - before`, paired by item, for every table of `before`."""
     rows = []
     for table, items in before.items():
-        metrics = task.TABLES.get(table, task.ACCURACY)
+        metrics = tables.get(table, task.ACCURACY)
         rows += stats.delta_rows(table, name, items, after[table], metrics)
     return rows
 
@@ -71,7 +72,7 @@ def attribution(run, tokenizer, adapter: str, test: list[dict], before: list[dic
     merged = model.merge_and_unload()
     items[f"{plain} merged"] = scored(merged)
     merged.save_pretrained(run.folder / "merged")
-    tokenizer.save_pretrained(run.folder / "merged")
+    models.save_companions(merged, tokenizer, run.folder / "merged", examples)
 
     rows = []
     for name, own in items.items():
@@ -87,15 +88,15 @@ def extremes(before: list[dict], after: list[dict], test: list[dict], k: int = 3
     """The k largest gains and losses in chrF, ties broken by NLL, then by place, without the packages'
     texts.
     """
-    order = sorted(range(len(after)), key=lambda i: (
-        after[i]["chrf"] - before[i]["chrf"], before[i]["nats"] - after[i]["nats"], i))
+    gains = [new["chrf"] - old["chrf"] for old, new in zip(before, after)]
+    order = sorted(range(len(gains)), key=lambda i: (gains[i], before[i]["nats"] - after[i]["nats"], i))
     rows = []
     for kind, chosen in (("win", order[::-1][:k]), ("loss", order[:k])):
         for i in chosen:
             row = {"table": "examples", "name": kind, "metric": "chrf_gain", "item": test[i]["name"],
-                   "id": test[i]["id"], "value": after[i]["chrf"] - before[i]["chrf"]}
+                   "id": test[i]["id"], "value": gains[i]}
             for when, item in (("before", before[i]), ("after", after[i])):
-                row |= {f"chrf_{when}": item["chrf"], f"nll_{when}": item["nats"] / item["tokens"],
+                row |= {f"chrf_{when}": item["chrf"], f"nll_{when}": task.nll([item]),
                         f"output_{when}": item["text"]}
             rows.append(row)
     return rows
@@ -123,8 +124,7 @@ def basket_rows(run, before: list[dict], after: list[dict]) -> list[dict]:
 
 def main(run):
     cfg = run.cfg
-    for step in ("01_data", "02_baseline", "03_train"):
-        run.load(step)
+    _, _, trained = (run.load(step) for step in ("01_data", "02_baseline", "03_train"))
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     adapter = str(run.artifact("03_train", "adapter"))
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
@@ -132,16 +132,18 @@ def main(run):
     model = models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant)
     model = PeftModel.from_pretrained(model, adapter).eval()
     after = task.measure(model, tokenizer, run)
+    stats.refuse_unchanged(stored["base"], after)
     del model
     torch.cuda.empty_cache()
     results.write_atomic(run.folder / "items_tuned.json", json.dumps(after))
 
     measured = {"base": stored["base"], "tuned": after}
-    rows = [row for name, tables in measured.items() for table, items in tables.items()
-            for row in stats.rows_of(table, name, items, task.TABLES.get(table, task.ACCURACY))]
-    rows += compared("delta", stored["base"], after)
+    tables = task.tables_of(run)
+    rows = [row for name, own in measured.items() for table, items in own.items()
+            for row in stats.rows_of(table, name, items, tables.get(table, task.ACCURACY))]
+    rows += compared("delta", stored["base"], after, tables)
     for name in ("base 3-shot", f"{models.compute_name(cfg.compute)} base"):
-        rows += compared(f"tuned minus {name}", stored[name], after)
+        rows += compared(f"tuned minus {name}", stored[name], after, tables)
     head = next(row for row in rows if row["name"] == "delta")
     n = cfg.n_attribution
     rows += attribution(
@@ -150,6 +152,7 @@ def main(run):
     examples = extremes(stored["base"]["heldout"], after["heldout"], test)
     results.write_atomic(run.folder / "examples.md", examples_page(examples, test))
     rows += examples + basket_rows(run, stored["base"]["basket"], after["basket"])
+    card.write(run, trained, rows, "adapter", "merged")
     run.save(rows, artifacts=["items_tuned.json", "examples.md", "merged"])
     run.log(delta_nll_per_token=head["value"], lo=head["lo"], hi=head["hi"], p=head["p"], n=head["n"],
             verdict=head["verdict"])

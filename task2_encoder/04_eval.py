@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from common import models, stats
+from common import card, models, stats
 from task2_encoder import task
 
 EXTREMES = 10  # queries of the lists "most improved" and "most harmed"
@@ -85,21 +85,21 @@ def examples_text(examples: list, rows: list) -> str:
 
 def main(run):
     cfg = run.cfg
-    for step in ("01_data", "02_baseline", "03_train"):
-        run.load(step)
+    _, _, trained = (run.load(step) for step in ("01_data", "02_baseline", "03_train"))
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     adapter, merged = (run.artifact("03_train", name) for name in ("adapter", "merged"))
     base, tuned = (f"{models.label(cfg.precision)} {what}" for what in ("base", "+ adapter"))
     searches, before = task.searches(test, cfg), stored[base]
     after, vectors = task.measure(task.load_adapter(adapter, cfg), searches, cfg, test)
+    stats.refuse_unchanged(before, after)
 
     # before and after, on every search, as features for topics, and on slices of the pool
     tables = {name: compared(name, before[name], after[name], task.METRICS, documents=len(search.documents))
               for name, search in searches.items()}
     rows = list(chain(*tables.values()))
     if "downstream" in after:
-        rows += compared("downstream", before["downstream"], after["downstream"], [task.ACCURACY])
+        rows += compared("downstream", before["downstream"], after["downstream"], task.ACCURACY)
         n, sizes = len(after["downstream"]), Counter(item["topic"] for item in after["downstream"])
         rows += [task.row("downstream", "majority", "accuracy", max(sizes.values()) / n, n=n)]
     pool = searches["pool"]
@@ -131,6 +131,7 @@ def main(run):
     examples = extremes(before["pool"], after["pool"], test)
     results.write_atomic(run.folder / "examples.md", examples_text(examples, test))
     results.write_atomic(run.folder / "items_tuned.json", json.dumps(after))
+    card.write(run, trained, rows, "adapter", "merged")
     run.save(rows + examples, artifacts=["items_tuned.json", "examples.md"])
     mrr = tables["pool"][0]
     run.log(delta_mrr=mrr["value"], **{key: mrr[key] for key in ("lo", "hi", "p", "n", "verdict")})

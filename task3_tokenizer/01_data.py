@@ -1,6 +1,6 @@
 """Question: which words does the vocabulary lack, and are there texts enough to teach and test each of them?
 
-Reads   docstrings of the installed packages (or DATA=: JSONL/CSV/Parquet/hub id with `text`), and terms.csv
+Reads   docstrings of the installed packages (or DATA=: see common/data.py), and terms.csv
 Writes  results/<run>/task3_tokenizer/01_data.json; under runs/<run>/task3_tokenizer/ terms.json, tokenizer/
         (with the new words) and {train,dev,test}.jsonl
 Needs   about 30 s and 1 GB; 70 s if the corpus is not yet parsed
@@ -22,7 +22,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 
-from common import corpus, models
+from common import corpus, data, models
 from task3_tokenizer import task, terms, vocabulary, windows
 
 
@@ -64,18 +64,6 @@ PROFILES = {
 }
 
 
-def list_of_terms(cfg):
-    """Path of the list of terms; None if they are to be found."""
-    if cfg.terms == "found":
-        return None
-    path = task.HERE / {"ru": "terms_ru.csv"}.get(cfg.terms, cfg.terms)
-    path = path if path.is_file() else Path(cfg.terms).expanduser()
-    if not path.is_file():
-        raise SystemExit(f"terms={cfg.terms}: no such file; a CSV with columns {','.join(terms.COLUMNS)}, or "
-                         "terms=found or terms=ru")
-    return path
-
-
 def choose(cfg, tokenizer, candidates, path, train, held_out):
     """The terms of the list, or all candidates that were accepted, best first: {term, anchors,
     negative_anchors}. SystemExit for a listed one that has too few documents."""
@@ -93,6 +81,13 @@ def choose(cfg, tokenizer, candidates, path, train, held_out):
     return chosen
 
 
+def without_near_copies(docs):
+    """Own documents, of which near copies stay in one split only: in test before dev before train."""
+    docs = sorted(docs, key=lambda d: (("test", "dev", "train").index(d["split"]), d["text"]))
+    twins = corpus.near_duplicates([d["text"] for d in docs])
+    return [d for d, twin in zip(docs, twins) if twin is None]
+
+
 def shortened(text: str) -> str:
     """Whole words from the beginning, about 180 characters: as long as a window."""
     return text if len(text) <= 180 else text[:text.rfind(" ", 0, 180)]
@@ -102,13 +97,16 @@ def main(run):
     cfg, rng = run.cfg, random.Random(run.cfg.seed)
     tokenizer = models.load_tokenizer(cfg.model)
     vocabulary.check_kind(tokenizer, cfg.model)
-    path = list_of_terms(cfg)
-    own = [path, Path(cfg.data).expanduser(), task.HERE / "ru_texts.jsonl" if cfg.terms == "ru" else None]
-    for file in (file for file in own if file and file.is_file()):
+    path = data.terms_file(cfg.terms)
+    own = task.HERE / "ru_texts.jsonl" if cfg.terms == "ru" else None
+    if cfg.data != "corpus":
+        own = Path(cfg.data).expanduser()
+    for file in (file for file in (path, own) if file and file.exists()):
         run.track(file.absolute())
 
     # Texts and candidates.
-    docs = sorted(task.documents(cfg), key=lambda d: d["text"])
+    found, n_texts = task.documents(cfg)
+    docs = sorted(found if cfg.data == "corpus" else without_near_copies(found), key=lambda d: d["text"])
     split = {name: [d for d in docs if d["split"] == name] for name in ("train", "dev", "test")}
     train, held_out = ([d["text"] for d in split[name]] for name in ("train", "test"))
     sciq = [row["support"] for row in corpus.general_english()]  # general English that nothing here trains on
@@ -163,7 +161,9 @@ def main(run):
     if not dev:
         raise SystemExit("no dev document has a term: more texts, or a split column with dev in it")
 
-    counts = {"documents": len(docs), **{f"{name}_documents": len(part) for name, part in split.items()},
+    counts = {"texts": n_texts, "short_or_repeated": n_texts - len(found),
+              "near_duplicate": len(found) - len(docs), "documents": len(docs),
+              **{f"{name}_documents": len(part) for name, part in split.items()},
               "candidates": len(candidates),
               "accepted": sum(r["rejected"] is None for r in candidates), "terms_taken": len(words),
               "new_entries": len(pieces_of), "training_windows": len(taught),
@@ -182,8 +182,7 @@ def main(run):
     for name, rows in {"train": taught, "dev": dev, "test": uses + others}.items():
         results.write_rows(run.folder / f"{name}.jsonl", rows)
     run.save(table, artifacts=["terms.json", "tokenizer", "train.jsonl", "dev.jsonl", "test.jsonl"])
-    run.log(candidates=len(candidates), terms=len(words), uses=len(uses), leaks=leaks,
-            least_windows_of_a_term=counts["least_training_windows_of_a_term"])
+    run.log(**counts)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,9 @@ def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: 
             parameter.requires_grad_(True)
         lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         learn.append({"params": lora, "lr": stage.lr_lora})
-    stats = fit(cfg, model, arm.tokenizer, learn, texts, batch_size, log, f"{arm.name}/{target.name}")
+    stats = fit(cfg, model, arm.tokenizer, learn, texts, batch_size,
+                [training.Log(log, ("loss", "grad_norm"), stage=f"{arm.name}/{target.name}"),
+                 *training.tensorboard(target.parent / "tensorboard" / target.name)])
 
     # back to a plain model, with what was learnt written into its own two matrices
     model = model.merge_and_unload() if stage.layers else model
@@ -223,7 +225,7 @@ class WindowTrainer(Trainer):
         return torch.nn.functional.cross_entropy(logits, inputs["input_ids"][:, self.n_start:][real])
 
 
-def fit(cfg, model, tokenizer, learn: list[dict], texts: list[dict], batch_size: int, log, name: str) -> dict:
+def fit(cfg, model, tokenizer, learn: list[dict], texts: list[dict], batch_size: int, callbacks) -> dict:
     """Train the parameter groups `learn` {"params", "lr"} of `model` on windows; returns stats."""
     start = task.start_ids(tokenizer)
     lines = [[*start, *task.ids_of(tokenizer, row["text"])] for row in texts]
@@ -237,14 +239,14 @@ def fit(cfg, model, tokenizer, learn: list[dict], texts: list[dict], batch_size:
         model=model, args=training.one_process(args), train_dataset=lines,
         data_collator=lambda batch: task.padded(batch, tokenizer.pad_token_id),
         optimizers=(torch.optim.AdamW(learn, weight_decay=cfg.weight_decay), None),
-        callbacks=[training.Log(log, ("loss", "grad_norm"), stage=name)])
+        callbacks=callbacks)
     trainer.n_start, trainer.precision = len(start), precision
     trainer.remove_callback(PrinterCallback)
-    started = time.time()
+    started = time.monotonic()
     trainer.train()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # undoes the autocast around its forward
     stats = {"steps": steps, "texts": len(texts), "tokens": sum(map(len, lines)),
-             "seconds": time.time() - started,
+             "seconds": time.monotonic() - started,
              "trainable_parameters": sum(p.numel() for group in learn for p in group["params"]),
              "losses": [{"step": reading["step"], "value": reading["loss"]}
                         for reading in trainer.state.log_history if "loss" in reading]}
@@ -260,7 +262,7 @@ def save(cfg, arm: Arm, target: Path, model, dev: list[dict]) -> dict:
     bits = sum(i["nats"] for i in items) / sum(i["bytes"] for i in items) / math.log(2)
     shutil.rmtree(target, ignore_errors=True)
     model.save_pretrained(target)
-    arm.tokenizer.save_pretrained(target)
+    models.save_companions(model, arm.tokenizer, target)
     return {"dev_bits_per_byte": bits}
 
 

