@@ -6,15 +6,39 @@ import os
 os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from common import models, results
-from tests import forked
+from tests import forked, small
+
+# Cases of each generated test; `make faults` takes --hypothesis-profile=faults. The same every time.
+hypothesis.settings.register_profile("some", max_examples=30, derandomize=True, database=None, deadline=None,
+                                     suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("faults", hypothesis.settings.get_profile("some"), max_examples=1000)
+hypothesis.settings.load_profile("some")
+
+
+@pytest.fixture(autouse=True)
+def earlier_steps():
+    """Each test is a process that has read no earlier step: its number format is this machine's."""
+    results.UPSTREAM.clear()
+
+
+@pytest.fixture(scope="session")
+def record():
+    """record(table, **columns) keeps a row for tests/tables.py, if `make faults` has asked for rows."""
+    def one(table: str, **columns) -> None:
+        if "FAULT_ROWS" in os.environ:
+            with open(os.environ["FAULT_ROWS"], "a", encoding="utf-8") as file:
+                file.write(json.dumps({"table": table, **columns}) + "\n")
+    return one
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +93,35 @@ def repo(tmp_path_factory):
     (root / "runs").mkdir()
     (root / "runs" / "assets").symlink_to(results.ROOT / "runs" / "assets")
     return root
+
+
+@pytest.fixture(scope="session")
+def quick(repo, tmp_path_factory):
+    """A copy of the code for the small runs: one benchmark instead of four, which take 10 s to prepare."""
+    root = tmp_path_factory.mktemp("quick") / "repo"
+    shutil.copytree(repo, root, ignore=shutil.ignore_patterns("results", "runs", "__pycache__"))
+    (root / "results").mkdir()
+    (root / "runs").mkdir()
+    (root / "runs" / "assets").symlink_to(results.ROOT / "runs" / "assets")
+    harness = root / "task1_decoder" / "harness.py"
+    text, n = re.subn(r"BENCHMARKS = \{.*?\}", 'BENCHMARKS = {"sciq/sciq.yaml": "sciq/none"}',
+                      harness.read_text(), flags=re.DOTALL)
+    assert n == 1
+    harness.write_text(text)
+    return root
+
+
+@pytest.fixture(scope="session")
+def steps(quick, tiny_encoder_folder, tmp_path_factory):
+    """steps(task): its Steps, made once."""
+    made = {}
+
+    def of(task: str) -> small.Steps:
+        if task not in made:
+            kept = tmp_path_factory.mktemp(task)
+            made[task] = small.Steps(quick, task, small.arguments(quick, task, tiny_encoder_folder), kept)
+        return made[task]
+    return of
 
 
 def environment(root: Path) -> dict:

@@ -1,12 +1,6 @@
-"""The corpus: what is kept, what counts as a duplicate or a leak. Own data: what is read, what is refused."""
+"""The corpus: what is kept, what counts as a duplicate or a leak."""
 
-import csv
-import json
-
-import pyarrow.parquet
-import pytest
-
-from common import corpus, data
+from common import corpus
 
 SOURCE = '''
 def area(radius):
@@ -70,52 +64,3 @@ def test_deduplicate_keeps_the_first_and_drops_a_summary_that_the_code_repeats()
     assert kept == [row]
     assert counts == {"parsed": 3, "same_summary": 1, "same_body": 0, "near_duplicate": 0,
                       "summary_in_code": 1, "kept": 1}
-
-
-# ------------------------------------------------------------------------------------------------ own data
-
-COLUMNS = (("prompt", "completion"), ("text",))
-ROWS = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(3)]
-LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
-
-
-def test_jsonl_csv_and_parquet_give_the_same_rows(tmp_path):
-    """Texts stay texts: no NaN, no numbers, no line broken at a separator that is no line feed."""
-    table = [*ROWS, {"prompt": "NA", "completion": "007"},
-             {"prompt": "two\nlines\u2028here", "completion": 200_000 * '"'}]
-    more = [{**row, "extra": 1} for row in table]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in more)
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8-sig", newline="")
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as stream:
-        writer = csv.DictWriter(stream, more[0])
-        writer.writeheader()
-        writer.writerows(more)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(more), tmp_path / "a.parquet")
-    for name in ("a.jsonl", "a.csv", "a.parquet"):
-        assert data.read_table(str(tmp_path / name), COLUMNS, 1) == table, name
-
-
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("missing.jsonl", None, ["No such file"]),
-    ("empty.jsonl", "", ["no rows", "prompt+completion or text"]),
-    ("empty.csv", "text\n", ["no rows"]),
-    ("wrong.jsonl", '{"question": "a", "answer": "b"}', ["row 1", "question, answer", "or text"]),
-    ("few.jsonl", LINES, ["3 rows", "at least 10", "n_test=.. n_dev=.."]),
-    ("broken.jsonl", LINES + "{oops\n", ["line 4", "not a JSON object"]),
-    ("list.jsonl", "[1]\n", ["line 1", "not a JSON object"]),
-    ("gap.jsonl", LINES + '{"prompt": "x", "completion": " "}', ["row 4", "'completion'"]),
-    ("number.jsonl", LINES + '{"prompt": 5, "completion": "x"}', ["row 4", "'prompt' is 5"]),
-    ("bytes.jsonl", LINES.encode() + b'{"prompt": "caf\xe9"}\n', ["line 4", "not UTF-8", "0xe9"]),
-    ("gap.csv", "text,other\na,b\n,c\n", ["row 2", "'text' is ''"]),
-    ("comma.csv", "text\nfine\none, two\n", ["row 2", "[' two']"]),
-    ("bytes.csv", b"text\ncaf\xe9\n", ["line 2", "not UTF-8"]),
-    ("bad.parquet", "not parquet", ["not a parquet file"]),
-    ("odd.txt", "x", ["'corpus'", ".jsonl, .csv, .parquet", "hub id"])])
-def test_bad_data_is_one_line_with_file_and_row(tmp_path, name, content, words):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SystemExit) as stop:
-        data.read_table(str(path), COLUMNS, 10)
-    said = str(stop.value)
-    assert "\n" not in said and all(word in said for word in [f"DATA={path}", *words]), said

@@ -123,10 +123,10 @@ def test_asking_for_the_cached_revision_loads_nothing_large(tmp_path):
 
 
 def test_what_is_downloaded(folders, tmp_path, capsys):
-    left = {"plain": {"README.md"}, "sharded": {"README.md"}, "old": {"README.md", "model.gguf"}}
+    left = {"plain": set(), "sharded": set(), "old": {"model.gguf"}}
     left["encoder"] = contents(folders["encoder"]).keys() - {
-        "1_Pooling/config.json", "2_Dense/pytorch_model.bin", "chat_template.jinja", "config.json",
-        "model.safetensors", "modules.json", "spiece.model", "tokenizer.json", "vocab.txt"}
+        "README.md", "1_Pooling/config.json", "2_Dense/pytorch_model.bin", "chat_template.jinja",
+        "config.json", "model.safetensors", "modules.json", "spiece.model", "tokenizer.json", "vocab.txt"}
     with Hub({f"o/{name}": folders[name] for name in left}) as url:
         for name, unwanted in left.items():
             everything, commit = contents(folders[name]), commit_of(folders[name])
@@ -157,7 +157,7 @@ def test_a_partial_cache_is_completed(folders, tmp_path, name):
         refused(["MODEL=o/m: HF_HUB_OFFLINE", "embedded"], tmp_path, url, "o/m", offline=True)
         files, commit = fetch(tmp_path, url, "o/m")
     assert commit == commit_of(folders[name])
-    assert files.keys() == contents(folders[name]).keys() - {"README.md"}
+    assert files.keys() == contents(folders[name]).keys()
 
 
 def test_files_cached_one_by_one_serve_where_no_hub_answers(folders, tmp_path, capsys):
@@ -193,7 +193,7 @@ def test_a_cut_download_goes_on_at_the_same_commit(folders, tmp_path):
         repository.revisions["main"] = folders["newer"]
         files, commit = fetch(tmp_path, url, "o/m")
     assert commit == commit_of(folders["sharded"])
-    assert files | {"README.md": b""} == contents(folders["sharded"])
+    assert files == contents(folders["sharded"])
 
 
 def test_refusals(folders, tmp_path, monkeypatch):

@@ -4,10 +4,13 @@ it.
 
 import ast
 import importlib
+import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from common import models, results
+from common import models, results, training
 
 TASKS = sorted(path.name for path in results.ROOT.glob("task[0-9]_*"))
 CHANGED = {
@@ -170,3 +173,162 @@ def test_all_steps_of_task_1_load_the_same_base(name, monkeypatch, tmp_path):
         with pytest.raises(Stop):
             script.main(run)
     assert asked["02_baseline"] == asked["03_train"] == asked["04_eval"]
+
+
+# Knobs of 03 -> value -> where the library has it. A knob is in one of these tables or in SEEN_ELSEWHERE.
+TRAINER = {
+    "learning_rate": (0.123, "args.learning_rate"),
+    "schedule": ("linear", "args.lr_scheduler_type.value"),
+    "warmup_steps": (3, "args.warmup_steps"),
+    "max_grad_norm": (0.7, "args.max_grad_norm"),
+    "weight_decay": (0.02, "args.weight_decay"),
+    "optimizer": ("adamw_torch", "args.optim.value"),
+    "seed": (5, "args.seed"),
+    "max_steps": (7, "args.max_steps"),
+    "eval_every": (2, "args.eval_steps"),
+    "log_every": (3, "args.logging_steps"),
+    "lora_r": (3, "lora.r"),
+    "lora_alpha": (9, "lora.lora_alpha"),
+    "lora_dropout": (0.25, "lora.lora_dropout"),
+}
+REACHES = {
+    "task1_decoder": TRAINER | {
+        "batch_size": (6, "args.per_device_train_batch_size"),
+        "eval_batch_size": (9, "args.per_device_eval_batch_size"),
+        "gradient_checkpointing": ("on", "args.gradient_checkpointing"),
+        "target_modules": ("q_proj,v_proj", "lora.target_modules"),
+        "patience": (4, "patience"),
+    },
+    "task2_encoder": TRAINER | {
+        "batch_size": (6, "args.per_device_train_batch_size"),
+        "target_modules": ("query,value", "lora.target_modules"),
+        "workers": (2, "args.dataloader_num_workers"),
+        "scale": (7.5, "loss.scale"),
+        "base_dropout": (0.375, "dropout"),
+        "max_tokens": (48, "model.max_seq_length"),
+    },
+    "task3_tokenizer": {name: TRAINER[name] for name in TRAINER if name not in (
+        "learning_rate", "warmup_steps", "optimizer", "max_steps", "eval_every", "weight_decay")} | {
+        "warmup": (0.6, "args.warmup_steps"),
+        "weight_decay": (0.02, "optimizers[0].defaults['weight_decay']"),
+        "lr_rows_later": (0.01, "rates[0]"),
+        "lr_matrices": (0.02, "rates[1]"),
+        "lr_lora": (0.03, "rates[2]"),
+    },
+}
+# What the library makes of such a value; 0.6 of five steps are three.
+REACHED = {"on": True, "q_proj,v_proj": {"q_proj", "v_proj"}, "query,value": {"query", "value"}, 0.6: 3}
+# Data, prompts and number formats: what they do is tested where it is done.
+SEEN_ELSEWHERE = {
+    "model", "data", "columns", "benchmark", "instruction", "precision", "double_quant", "compute",
+    "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "n_benchmark", "n_general", "memory_gib",
+    "rows_per_pass", "bucket", "same_package", "query_prompt", "document_prompt", "eval_batch_size", "terms",
+    "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1", "texts_c2", "lr_rows",
+    "batch_size", "cuda_graphs", "liger",
+}
+ROWS = [
+    {"id": f"r{i}", "prompt": f"question {i}", "completion": f"answer {i}", "anchor": f"anchor {i}",
+     "positive": f"positive {i}", "group": i, "package": "own", "term": f"t{i % 10}", "text": f" text {i}"}
+    for i in range(20)
+]
+FOLDERS = dict.fromkeys(TASKS, "tiny_model_folder") | {"task2_encoder": "tiny_encoder_folder"}
+
+
+def trainer_of(task: str, cfg, folder, monkeypatch) -> dict:
+    """The arguments that the library's Trainer is made with, "lora" (PEFT's configuration), "patience",
+    "dropout" of the base and "rates" of parameter groups.
+    """
+    script, seen = importlib.import_module(f"{task}.03_train"), {}
+
+    def spy(**arguments):
+        seen.update(arguments)
+        raise Stop
+
+    name = {
+        "task1_decoder": "DevTrainer",
+        "task2_encoder": "Trainer",
+        "task3_tokenizer": "WindowTrainer",
+    }[task]
+    monkeypatch.setattr(script, name, spy)
+    with pytest.raises(Stop):
+        if task == "task3_tokenizer":
+            arm = script.Arm("new", models.load_tokenizer(cfg.model), {}, [5, 6])
+            stage = script.stages(cfg, cfg.batch_size)["c2"]
+            script.train_stage(cfg, arm, stage, Path(cfg.model), folder, ROWS, 4, [], lambda **values: None)
+        else:
+            script.train(cfg, ROWS, ROWS[:4], folder, "", lambda **values: None)
+    model = seen["model"].transformers_model if task == "task2_encoder" else seen["model"]
+    seen["lora"] = model.peft_config["default"]
+    for callback in seen["callbacks"]:
+        seen["patience"] = getattr(callback, "early_stopping_patience", None) or seen.get("patience")
+    if task == "task2_encoder":
+        own = [name for name in dict(model.named_modules()) if "lora_" not in name]
+        (seen["dropout"],) = {model.get_submodule(name).p for name in own
+                              if isinstance(model.get_submodule(name), torch.nn.Dropout)}
+    if task == "task3_tokenizer":
+        seen["rates"] = [group["lr"] for group in seen["optimizers"][0].param_groups]
+    return seen
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_knob_of_training_reaches_the_library(task, request, tmp_path, monkeypatch):
+    """All at once, each with a value that is nobody's default."""
+    folder = request.getfixturevalue(FOLDERS[task])
+    reaches = REACHES[task]
+    defaults = knobs_of_training(task)
+    assert not defaults.keys() - reaches.keys() - SEEN_ELSEWHERE, "a new knob: say where it arrives"
+    values = {name: value for name, (value, _) in reaches.items()}
+    assert not [name for name, value in values.items() if defaults[name] == value]
+    cfg = config_class(task, "03_train")(model=str(folder), compute="fp32", **values, **(
+        {} if task == "task3_tokenizer" else {"precision": "fp32"}))
+    seen = trainer_of(task, cfg, tmp_path, monkeypatch)
+    for name, (value, place) in reaches.items():
+        assert eval(place, {}, seen) == REACHED.get(value, value), name
+
+
+@pytest.mark.parametrize("task", TASKS[:2])
+def test_a_checkpoint_belongs_to_its_knobs_and_data(task, request, tmp_path, monkeypatch):
+    """What 03 asks for when it looks for a checkpoint differs with any knob and with the data."""
+    folder = request.getfixturevalue(FOLDERS[task])
+    script, asked = importlib.import_module(f"{task}.03_train"), []
+
+    def spy(folder, identity):
+        asked.append(json.dumps(identity))
+        raise Stop
+
+    monkeypatch.setattr(script.training, "open_checkpoints", spy)
+    for rate, data_hash in ((1e-3, "a"), (2e-3, "a"), (1e-3, "b")):
+        cfg = script.Config(model=str(folder), precision="fp32", compute="fp32", learning_rate=rate,
+                            max_steps=1, batch_size=4)
+        with pytest.raises(Stop):
+            script.train(cfg, ROWS, ROWS[:4], tmp_path, data_hash, None)
+    assert len(set(asked)) == 3
+
+
+def test_a_stage_of_task_3_belongs_to_its_knobs_data_and_arm(tmp_path, monkeypatch):
+    script, asked = importlib.import_module("task3_tokenizer.03_train"), []
+    monkeypatch.setattr(results, "cached", lambda path, given, job: asked.append(json.dumps(given)) or {})
+    for rate, data_hash, arm in ((1e-3, "a", "new"), (2e-3, "a", "new"), (1e-3, "b", "new"),
+                                 (1e-3, "a", "control")):
+        cfg = script.Config(lr_rows=rate, texts_a=1, texts_b=1, texts_c1=1, texts_c2=1)
+        rows = [{"term": term, "text": f"{term}{k}"} for term in "ab" for k in range(5)]
+        list(script.train(cfg, script.Arm(arm, None, {}, []), tmp_path, rows, [], data_hash, None))
+    assert len(asked) == len(set(asked)) == 4 * 5
+
+
+def test_checkpoints_of_another_identity_are_removed(tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert training.open_checkpoints(folder, [{"lora_r": 4}, "data"]) is None
+    (folder / "checkpoint-6").mkdir()
+    (folder / "checkpoint-6" / "trainer_state.json").write_text("{}")
+    assert training.open_checkpoints(folder, [{"lora_r": 4}, "data"]) == str(folder / "checkpoint-6")
+    assert training.open_checkpoints(folder, [{"lora_r": 8}, "data"]) is None
+    assert not (folder / "checkpoint-6").exists()
+
+
+@pytest.mark.parametrize("choice", [True, False])
+def test_an_encoder_in_4_bits_is_nf4_with_the_scales_as_asked(tiny_encoder_folder, choice):
+    task = importlib.import_module("task2_encoder.task")
+    cfg = task.Config(model=str(tiny_encoder_folder), compute="fp32", double_quant=choice)
+    state = task.load_encoder(cfg)[0].model.encoder.layer[0].intermediate.dense.weight.quant_state
+    assert (state.nested, state.quant_type, state.dtype) == (choice, "nf4", torch.float32)

@@ -3,7 +3,6 @@ error.
 """
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -121,40 +120,6 @@ def test_equal_trainings_leave_equal_bytes(repo, model):
     assert "adapter_config.json" in saved[0] and [n for n in saved[0] if saved[0][n] != saved[1].get(n)] == []
 
 
-OPEN_ELSEWHERE = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base, adapter = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-turns = [{"role": "user", "content": "def f(x): return x"}]
-encoded = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)
-ids = encoded.input_ids
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-plain = model(ids).logits
-tuned = PeftModel.from_pretrained(model, adapter)(ids).logits
-assert "common" not in sys.modules
-print((tuned - plain).abs().max().item())
-"""
-
-
-def test_an_adapter_opens_where_this_repository_is_not(repo, tiny_model_folder, tmp_path):
-    """Copied elsewhere: plain peft opens it once the base is given, the tokenizer lies beside it, and no
-    file names a folder of this machine.
-    """
-    shutil.copytree(repo / "runs" / "whole" / "task1_decoder" / "adapter", tmp_path / "adapter")
-    done = subprocess.run(
-        [sys.executable, "-c", OPEN_ELSEWHERE, str(tiny_model_folder), str(tmp_path / "adapter")],
-        cwd=tmp_path,
-        env={k: v for k, v in environment(repo).items() if k != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout) > 0
-
-
 def test_what_an_embedded_model_leaves_names_no_folder_of_this_machine(repo):
     for name in ("01_data", "03_train"):
         assert (
@@ -225,42 +190,59 @@ def test_a_model_of_a_hub_runs_from_an_empty_cache_and_offline(repo, tiny_model_
             )
 
 
-def test_own_text_runs_through_all_four_steps(repo, model):
-    data = repo / "own.jsonl"
+OWN = [
+    *("--run", "own", "--data", "own.jsonl", "--columns", "messages=chat", "--benchmark", "mine/task.yaml"),
+    *("--set", "max_steps=2", "eval_every=2"),
+]
+
+
+def test_own_chats_and_a_benchmark_run_through_all_four_steps(repo, model):
     words = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
-    data.write_text(
-        "".join(
-            json.dumps({"text": " ".join(f"{words[(i * k) % 10]}{i}" for k in range(1, 13))}) + "\n"
-            for i in range(80)
-        )
+    texts = [[f"{words[(i * k) % 10]}{i}" for k in range(1, 13)] for i in range(80)]
+    chats = [
+        [
+            {"role": "system", "content": f"Talk of {text[0]}."},
+            *({"role": "user", "content": " ".join(text[:2])}, {"role": "assistant", "content": text[2]}),
+            *({"role": "user", "content": text[3]}, {"role": "assistant", "content": " ".join(text[4:])}),
+        ]
+        for text in texts
+    ]
+    (repo / "own.jsonl").write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in chats))
+    items = [{"q": text[0], "a": text[1:5], "right": i % 4} for i, text in enumerate(texts)]
+    (repo / "mine").mkdir()
+    (repo / "mine" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (repo / "mine" / "task.yaml").write_text(
+        "task: rivers\noutput_type: multiple_choice\ndataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: items.jsonl}}\ntest_split: test\n"
+        "doc_to_text: '{{q}}:'\ndoc_to_choice: '{{a}}'\ndoc_to_target: right\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    own = ["--run", "own", "--data", str(data), "--set", "instruction=", "max_steps=2", "eval_every=2"]
     for name in ("01_data", "02_baseline", "03_train", "04_eval"):
-        assert (done := step(repo, name, *model, *own)).returncode == 0, f"{name}: {done.stderr[-2000:]}"
-    rows = json.loads((repo / "results" / "own" / "task1_decoder" / "04_eval.json").read_text())["rows"]
+        assert (done := step(repo, name, *model, *OWN)).returncode == 0, f"{name}: {done.stderr[-2000:]}"
+    assert "repeated=0" in step(repo, "01_data", *model, *OWN).stdout
+    stored = {
+        name: json.loads((repo / "results" / "own" / "task1_decoder" / f"{name}.json").read_text())
+        for name in ("01_data", "02_baseline", "04_eval")
+    }
+    rows = stored["04_eval"]["rows"]
     assert {"base", "tuned", "delta"} <= {r["name"] for r in rows if r["table"] == "heldout"}
     assert all({"lo", "hi", "p", "n"} <= set(r) for r in rows if r["name"] == "delta")
+    (mine,) = (r for r in rows if (r["table"], r["name"]) == ("own rivers", "delta"))
+    assert mine["metric"] == "acc" and mine["better"] == "higher" and mine["n"] == 4
+    assert "file:own.jsonl" in stored["01_data"]["inputs"]
+    for name in ("02_baseline", "04_eval"):
+        assert {"file:mine/task.yaml", "file:mine/items.jsonl"} <= set(stored[name]["inputs"])
 
 
 def test_an_ablation_row_is_a_training_with_one_thing_changed(repo, model):
-    own = [
-        "--run",
-        "own",
-        "--data",
-        str(repo / "own.jsonl"),
-        "--set",
-        "instruction=",
-        "max_steps=2",
-        "eval_every=2",
-    ]
-    assert (done := step(repo, "ablations", *model, *own, "only=bf16 LoRA;rank 4")).returncode == 0, (
+    assert (done := step(repo, "ablations", *model, *OWN, "only=bf16 LoRA;rank 4")).returncode == 0, (
         done.stderr[-2000:]
     )
     rows = json.loads((repo / "results" / "own" / "task1_decoder" / "ablations.json").read_text())["rows"]
     size = {r["name"]: r["value"] for r in rows if r["metric"] == "trainable_parameters"}
     assert size["bf16 LoRA"] == size["as in 03"] == 4 * size["rank 4"]
     assert {r["name"] for r in rows if r["table"] == "ablation minus 03"} == {"bf16 LoRA", "rank 4"}
-    one_line(step(repo, "ablations", *model, *own, "only=nothing"), "no row 'nothing'")
+    one_line(step(repo, "ablations", *model, *OWN, "only=nothing"), "no row 'nothing'")
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
@@ -270,8 +252,10 @@ def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
         training.per_process(7)
 
 
-def test_own_data_without_an_instruction_is_asked_for_one(repo, model):
-    one_line(step(repo, "01_data", "--run", "x", "--data", "whatever.jsonl", *model), "instruction")
+def test_own_prompts_without_an_instruction_are_asked_for_one(repo, model):
+    rows = "".join(json.dumps({"prompt": f"Question {i}?", "completion": str(i)}) + "\n" for i in range(80))
+    (repo / "asked.jsonl").write_text(rows)
+    one_line(step(repo, "01_data", "--run", "x", "--data", str(repo / "asked.jsonl"), *model), "instruction")
 
 
 @pytest.mark.parametrize(

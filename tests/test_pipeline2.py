@@ -22,8 +22,7 @@ KNOBS = ["--set", "n_pool=24", "n_more=0", "n_dev=24", "batch_size=8", "compute=
 STEPS = ("01_data", "02_baseline", "03_train", "04_eval")
 
 
-@pytest.fixture(scope="module")
-def own(repo, tiny_encoder_folder):
+def own_arguments(repo, model) -> list[str]:
     """Arguments for 120 pairs and a tiny encoder; every tenth anchor is there twice, with another
     positive."""
     rng, pairs = random.Random(0), []
@@ -33,7 +32,12 @@ def own(repo, tiny_encoder_folder):
         pairs.append({"anchor": f"{verb} every {thing}" if i % 10 else f"{verb} many things",
                       "positive": positive})
     (repo / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return ["--model", str(tiny_encoder_folder), "--data", str(repo / "pairs.jsonl"), *KNOBS]
+    return ["--model", str(model), "--data", str(repo / "pairs.jsonl"), *KNOBS]
+
+
+@pytest.fixture(scope="module")
+def own(repo, tiny_encoder_folder):
+    return own_arguments(repo, tiny_encoder_folder)
 
 
 def run_all(repo, name, arguments, steps=STEPS):
@@ -107,10 +111,11 @@ assert not {"common", "task2_encoder"} & set(sys.modules)
 """
     for name in ("adapter", "merged"):
         shutil.copytree(whole[0] / name, tmp_path / name)
+    # the adapter names its base by the last part of its path: the process starts where that lies
     arguments = [tiny_encoder_folder, tmp_path, whole[0] / "test.jsonl"]
     alone = {name: value for name, value in environment(repo).items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd="/", env=alone, check=False,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=tiny_encoder_folder.parent,
+                          env=alone, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     stored = {row["name"]: row["value"] for row in rows_of(repo, "whole2", "04_eval")
               if (row["table"], row["metric"]) == ("systems", "mrr@10")}
@@ -124,6 +129,8 @@ def copy_data(repo, run_name):
         copy = repo / place / run_name / TASK / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(repo / place / "whole2" / TASK / name, copy)
+        if name.endswith(".json"):
+            copy.write_text(results.sealed(json.loads(copy.read_text()) | {"run": run_name}))
 
 
 def test_two_equal_trainings_leave_equal_bytes(repo, own, whole):

@@ -233,7 +233,7 @@ def test_words_are_found_without_a_list(knobs, tmp_path):
     found = FakeRun(tmp_path, **knobs | {"terms": "found"})
     data.main(found)
     assert set(WORDS) <= {row["name"] for row in found.rows if row["table"] == "terms"}
-    assert found.logged["leaks"] == 0
+    assert found.logged["held_out_windows_near_training"] == 0
     candidates = {row["name"]: row for row in found.rows if row["table"] == "candidates"}
     assert candidates["Zorbex"]["rejected"] is None and candidates["Zorbex"]["taken"]
     without = [row for row in results.read_rows(tmp_path / "test.jsonl") if row["set"] == "without terms"]

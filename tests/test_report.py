@@ -19,10 +19,10 @@ def folder(tmp_path):
 
 
 def change(path, edit, **top) -> None:
-    """Rewrite a result with `edit` applied to its list of rows and the keys `top` replaced."""
-    result = json.loads(path.read_text()) | top
+    """Write a result anew with `edit` applied to its list of rows and the keys `top` replaced."""
+    result = json.loads(path.read_text()) | {"run": path.parts[-3]} | top
     result["rows"] = edit(result["rows"])
-    results.write_atomic(path, json.dumps(result))
+    results.write_atomic(path, results.sealed(result))
 
 
 def text_of(folder) -> str:
@@ -30,9 +30,11 @@ def text_of(folder) -> str:
 
 
 def test_all_committed_results_render_and_twice_alike():
-    first = render.render(results.ROOT / "results")
-    assert first == render.render(results.ROOT / "results")
-    names = {"report.md", "loss.svg", "deltas.svg", "curve.svg", "systems.svg", "stages.svg", "texts.svg"}
+    root = results.ROOT / "results"
+    first, again = render.render(root), render.pages(root, render.load_all(root, "ru"))
+    assert {path: first[path] for path in again} == again
+    names = {"report.md", "README.md", "training.svg", "loss.svg", "deltas.svg", "curve.svg", "systems.svg",
+             "stages.svg", "texts.svg"}
     assert {path.name for path in first} == names
 
 
@@ -58,11 +60,13 @@ def test_a_smoke_number_never_gets_in(folder):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
         change(target, lambda rows: [row | dict.fromkeys(("value", "lo", "hi"), 777.125) for row in rows],
-               run="other", profile="gpu")
+               profile="gpu")
     assert "777.125" in text_of(folder)  # the number would be seen
     for path in (folder / "other" / "task1_decoder").glob("*.json"):
         change(path, list, profile="smoke")
-    assert "777.125" not in text_of(folder) and "other" not in {run for run, _, _ in render.load_all(folder)}
+    assert "777.125" not in text_of(folder)
+    page = render.render(folder)[folder / "other" / "task1_decoder" / "README.md"]
+    assert "777.125" in page and "prove the path only" in page.splitlines()[0]
 
 
 @pytest.mark.parametrize("metric", ["nll_per_token", "chrf"])  # one of the headline, one of a table only
@@ -87,9 +91,9 @@ def test_a_stale_result_is_named_with_its_reason_and_remedy(folder):
 def test_check_says_when_the_report_is_out_of_date(folder):
     outdated = f"{folder.parent / 'report.md'} is out of date: make report"
     assert outdated in render.problems(folder)
-    for path, text in render.outdated(folder).items():
+    for path, text in render.outdated(render.render(folder)).items():
         results.write_atomic(path, text)
-    assert outdated not in render.problems(folder) and not render.outdated(folder)
+    assert not [line for line in render.problems(folder) if "out of date" in line]
     results.write_atomic(folder.parent / "report.md", "an earlier text")
     assert outdated in render.problems(folder)
 
@@ -127,6 +131,8 @@ def test_markup_in_data_is_escaped(folder):
         return [row | {"output_before": "a|b `c` <img src=x> _d_ **e** [f](g)\nh", "name": "<b>|`"}
                 if row["table"] == "examples" else row for row in rows]
     change(folder / "cpu" / "task1_decoder" / "04_eval.json", spoilt)
+    page = render.pages(folder, render.load_all(folder))[folder / "cpu" / "task1_decoder" / "README.md"]
+    assert "img src=x" in page and "<img" not in page and "[f]" not in page
     lines = [line for line in text_of(folder).splitlines() if "img src=x" in line]
     assert lines and all(line.count("|") == 9 for line in lines)  # eight cells, as in the head of the table
     for raw in ("<img", "`c`", "_d_", "**e**", "[f]", "<b>"):
@@ -137,3 +143,121 @@ def test_a_result_cut_in_half_stops_with_its_name(folder):
     (folder / "cpu" / "task1_decoder" / "01_data.json").write_text('{"run": "cpu", "rows"')
     with pytest.raises(SystemExit, match=r"01_data\.json is cut short"):
         render.load_all(folder)
+
+
+def test_an_edited_or_copied_result_stops_report_and_check(folder):
+    path = folder / "cpu" / "task1_decoder" / "04_eval.json"
+    text = path.read_text()
+    path.write_text(text.replace('"value": 3.9', '"value": 2.9', 1))
+    for function in (render.render, render.problems):
+        with pytest.raises(SystemExit, match=r"04_eval\.json was edited or copied"):
+            function(folder)
+    path.write_text(text)
+    shutil.copytree(folder / "cpu", folder / "backup")
+    for function in (render.render, render.problems):
+        with pytest.raises(SystemExit, match=r"backup/task1_decoder/01_data\.json was edited or copied"):
+            function(folder)
+
+
+NASTY = ("![x](http://a.b) <script>1</script> www.a.b ~~s~~ $x$ __init__ a\\\\|b `c`\r\n| d |\r\u202etxt"
+         "\u2066\u200b\u2028\x00\x1b[31mred <!-- end --> # h &lt; lora_r")
+
+
+@pytest.mark.parametrize("show", [render.printed, render.code])
+def test_no_markup_and_no_invisible_character_of_data_gets_through(show):
+    shown = str(show(NASTY)).removeprefix("<code>").removesuffix("</code>").replace("<br>", " ")
+    for raw in "<>|*`[~$\r\n\t\\":
+        assert raw not in shown, raw
+    for raw in ("://", "www.", " __", "__ ", "&lt; "):
+        assert raw not in shown, raw
+    assert shown.isprintable()
+    for word in ("lora_r", "&#92;u202e", "&#92;u001b&#91;31m"):
+        assert word in shown
+
+
+# ----------------------------------------------------------------------------------- pages of a run, of two
+
+@pytest.fixture
+def own(folder):
+    """A run "own" on a user's file, as far as the pages of task 1 are concerned, with its texts in runs/."""
+    shutil.copytree(folder / "cpu", folder / "own")
+    for path in (folder / "own" / "task1_decoder").glob("*.json"):
+        config = json.loads(path.read_text())["config"] | {"data": "my <rows>.csv", "instruction": "Sag es."}
+        change(path, list, config=config, settings={"data": "my <rows>.csv"},
+               inputs={"outside:my <rows>.csv": "0" * 16})
+    examples = render.rows(results.read(folder / "own" / "task1_decoder" / "04_eval.json"), table="examples")
+    results.write_rows(folder.parent / "runs" / "own" / "task1_decoder" / "test.jsonl", [
+        {"id": row["id"], "prompt": f"PROMPT <b>{i}</b>", "completion": "REFERENCE"}
+        for i, row in enumerate(examples)])
+    return folder
+
+
+def page_of(folder, run="own") -> str:
+    return render.pages(folder, render.load_all(folder, run))[folder / run / "task1_decoder" / "README.md"]
+
+
+def test_the_page_of_an_own_run_says_what_a_user_asks(own):
+    page = page_of(own)
+    for words in ("nll per token", "improved", "my &#60;rows&#62;.csv", "Sag es.", "make task1 RUN=own DATA=",
+                  "only the name is kept", "PROMPT &#60;b&#62;0&#60;/b&#62;", "REFERENCE", "rows to train on",
+                  "![Training curve](training.svg)", "runs/own/task1_decoder/merged", "2 cores", "torch"):
+        assert words in page, words
+    cells = {line.count("|") for line in page.splitlines() if "| held-out rows | " in line}
+    assert cells == {3, 9} and "prove the path only" not in page
+    assert "PROMPT" not in page_of(own, "cpu")  # of the corpus only names
+
+
+def test_a_page_does_with_the_steps_there_are(own):
+    task, page = own / "own" / "task1_decoder", page_of(own)
+    for step, gone in (("04_eval", "## Before and after"), ("03_train", "## Training"),
+                       ("02_baseline", "million")):
+        assert gone in page
+        (task / f"{step}.json").unlink()
+        page = page_of(own)
+        assert gone not in page and f"Not there yet: {step}" in page and "make task1 RUN=own" in page
+
+
+def items(shift: float) -> dict:
+    """Scored items of task 1, whose NLL rises with `shift`."""
+    scores = {"chrf": 30.0, "rouge_l": 0.5, "stopped": True, "new_tokens": 8, "repetition": 0.0,
+              "copied": False, "correct": 4, "bytes": 40, "tokens": 8}
+    held_out = [scores | {"id": f"r{i}", "nats": 20.0 + i + shift * (1 + i % 3)} for i in range(24)]
+    return {"heldout": held_out, "general": held_out[:8]}
+
+
+def with_items(folder, run: str, stored: dict) -> None:
+    """Items under runs/, as an 04 that knows their hash would have left them."""
+    path = folder.parent / "runs" / run / "task1_decoder" / "items_tuned.json"
+    results.write_atomic(path, json.dumps(stored))
+    change(folder / run / "task1_decoder" / "04_eval.json", list,
+           artifacts={"items_tuned.json": results.sha256(path)})
+
+
+def test_two_runs_side_by_side_are_paired_where_the_items_are_the_same(own):
+    with_items(own, "cpu", items(0.0))
+    other = items(-4.0)
+    other["general"] = [item | {"tokens": 9} for item in other["general"]]  # of another tokenizer
+    with_items(own, "own", other)
+    page = render.side_by_side(own, "cpu", "own")[own / "cpu+own" / "task1_decoder" / "README.md"]
+    line = next(line for line in page.splitlines() if line.startswith("| held-out rows | nll per token"))
+    assert "-1 [" in line and "| < 0.001 | 24 | <code>own</code> |" in line
+    line = next(line for line in page.splitlines() if line.startswith("| general English | nll per token"))
+    assert line.endswith("| – |")  # nats per token of two tokenizers have no difference
+    assert "Both were scored on the same items" in page and "my &#60;rows&#62;.csv" in page
+
+
+def test_two_runs_on_other_items_stand_with_an_interval_each(own):
+    with_items(own, "cpu", items(0.0))
+    with_items(own, "own", items(-4.0))
+    (own.parent / "runs" / "own" / "task1_decoder" / "items_tuned.json").write_text("{}")
+    target = own / "cpu+own" / "task1_decoder" / "README.md"
+    page = render.side_by_side(own, "cpu", "own")[target]
+    assert "not under runs/ of this machine" in page and "difference [95 %]" not in page
+    change(own / "own" / "task1_decoder" / "01_data.json", list, artifacts={"test.jsonl": "another"})
+    page = render.side_by_side(own, "cpu", "own")[target]
+    assert "not scored on the same items" in page and "difference [95 %]" not in page
+    assert render.side_by_side(own, "cpu", "nothing") == {}
+    with pytest.raises(SystemExit, match="RUNS='cpu nothing': expected one run, or two"):
+        render.main(["cpu", "nothing"])
+    with pytest.raises(SystemExit, match="RUNS='nothing': expected one run, or two"):
+        render.main(["nothing"])

@@ -4,12 +4,15 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from common import results
+from common import checks, results
 from tests.conftest import environment
 
 TOY = '''"""Doc."""
@@ -359,3 +362,193 @@ def test_nan_is_never_stored(toy):
     assert (
         json.loads((toy / "results" / "cpu" / "task9_toy" / "01_a.json").read_text())["rows"][0]["value"] == 0
     )
+
+
+# ------------------------------------------------------------------------------ edited, copied, out of step
+
+def result_of(root, step, run_name="cpu"):
+    return root / "results" / run_name / "task9_toy" / f"{step}.json"
+
+
+def test_an_edited_result_is_stale_and_refused_as_input(toy):
+    edit(result_of(toy, "01_a"), '"value": 0', '"value": 7')
+    assert "01_a.json was edited" in fresh(toy, "01_a")[1]
+    done = run(toy, "02_b")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "01_a.json was edited" in done.stderr and "make task9" in done.stderr
+
+
+def test_a_result_without_a_checksum_counts_as_edited(toy):
+    stored = json.loads(result_of(toy, "01_a").read_text())
+    del stored["checksum"]
+    result_of(toy, "01_a").write_text(json.dumps(stored))
+    assert "was edited" in fresh(toy, "01_a")[1]
+
+
+def test_a_copied_folder_is_no_run(toy):
+    shutil.copytree(toy / "results" / "cpu", toy / "results" / "backup")
+    done = run(toy, "02_b", "--run", "backup")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "backup/task9_toy/01_a.json was edited or copied from another run" in done.stderr
+
+
+def test_what_a_step_left_is_verified_before_it_is_read(toy):
+    """New results beside an old runs/, or a file edited by hand: refused, and made again once deleted."""
+    edit(toy / "task9_toy" / "02_b.py", 'run.load("01_a")', 'run.artifact("01_a", "01_a.txt")')
+    assert run(toy, "02_b").returncode == 0
+    artifact = toy / "runs" / "cpu" / "task9_toy" / "01_a.txt"
+    artifact.write_text("of another training")
+    done = run(toy, "02_b")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    for word in ("runs/cpu/task9_toy/01_a.txt is not what 01_a left there", "delete it, then make task9"):
+        assert word in done.stderr
+    artifact.unlink()
+    assert run(toy, "01_a").returncode == 0 and run(toy, "02_b").returncode == 0
+
+
+def test_large_weights_are_hashed_in_parts_that_another_training_changes(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"a" * (33 << 20))
+    whole, parts = results.sha256(file), results.sha256(file, whole=1)
+    with file.open("r+b") as stream:
+        stream.seek(5 << 20)  # outside the parts that are read
+        stream.write(b"b")
+    assert results.sha256(file) != whole and results.sha256(file, whole=1) == parts
+    file.write_bytes(b"c" * (33 << 20))
+    assert results.sha256(file, whole=1) != parts
+    file.write_bytes(b"a" * ((33 << 20) - 1))
+    assert results.sha256(file, whole=1) != parts
+
+
+# --------------------------------------------------------------------------------------------- own sources
+
+@pytest.fixture
+def with_data(toy):
+    """The toy whose first step reads a file, and has a model."""
+    edit(
+        toy / "task9_toy" / "task.py",
+        "SHARED = 1",
+        "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Config:\n    # one\n"
+        "    data: str = 'corpus'\n    # two\n    model: str = 'embedded'",
+    )
+    for step in ("01_a", "02_b", "03_c"):
+        edit(toy / "task9_toy" / f"{step}.py", "class Config:", "class Config(task.Config):")
+    edit(toy / "task9_toy" / "01_a.py", "    pass", "    from pathlib import Path\n"
+         "    if run.cfg.data != 'corpus': run.track(Path(run.cfg.data))")
+    return toy
+
+
+def test_a_path_outside_is_stored_by_its_name_and_compared_by_its_content(with_data, tmp_path_factory):
+    place = tmp_path_factory.mktemp("private")
+    file, model = place / "rows.csv", place / "my-model"
+    file.write_text("a,b")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    asked = ["--run", "own", "--data", str(file), "--model", str(model)]
+    for step in ("01_a", "02_b"):
+        done = run(with_data, step, *asked)
+        assert done.returncode == 0, done.stderr
+    text = "".join(path.read_text() for path in (with_data / "results" / "own").rglob("*.json"))
+    assert str(place) not in text and place.name not in text and str(Path.home()) not in text
+    stored = json.loads(result_of(with_data, "01_a", "own").read_text())
+    assert stored["settings"] == {"data": "rows.csv", "model": "my-model"} == {
+        name: stored["config"][name] for name in ("data", "model")}
+    assert {"outside:rows.csv", "outside:my-model"} <= stored["inputs"].keys()
+
+    def state(step, arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "common.results", "fresh", str(result_of(with_data, step, "own")),
+             *arguments], cwd=with_data, env=environment(with_data), capture_output=True, text=True,
+            check=False)
+        return done.stdout
+    assert "fresh" in state("02_b", asked)
+    (model / "config.json").write_text("{'other': 1}")
+    assert "outside:my-model changed" in state("02_b", asked)
+    (model / "config.json").write_text("{}")
+    file.write_text("a,c")
+    assert "outside:rows.csv changed" in state("01_a", asked)
+    assert "01_a is stale (outside:rows.csv changed)" in state("02_b", asked)
+    code = (f"from common import results; from pathlib import Path; "
+            f"print(results.changed(Path({str(result_of(with_data, '01_a', 'own'))!r})))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=with_data, env=environment(with_data),
+                          capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"  # without arguments, as in make check, it cannot be found
+    file.unlink()
+    (place / "renamed.csv").write_text("a,b")
+    assert "asked for" in state("01_a", ["--run", "own", "--data", str(place / "renamed.csv")])
+
+
+def test_sources_as_anything_saved_may_name_them(tmp_path, monkeypatch):
+    (tmp_path / "rows.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    assert results.public(str(tmp_path / "rows.csv")) == results.public("rows.csv") == "rows.csv"
+    assert results.public(str(results.ROOT / "task3_tokenizer" / "terms.csv")) == "task3_tokenizer/terms.csv"
+    for name in ("owner/name@main", "corpus", "embedded-135m", "found", ""):
+        assert results.public(name) == name
+
+
+def test_nothing_from_data_moves_the_cursor_of_a_terminal(capsys):
+    results.Run.log(None, word="\x1b[2J\u202etxt\u200b\r\x00", next="a\nb", plain="déjà vu, ёж, 漢字")
+    said = capsys.readouterr().out
+    assert said == ("word=\\u001b[2J\\u202etxt\\u200b\\u000d\\u0000 next=a\\nb plain=déjà vu, ёж, 漢字\n")
+
+
+# ---------------------------------------------------------------------------------- before the slow imports
+
+def refused(model, script="03_train.py", **settings):
+    with pytest.raises(SystemExit) as stop:
+        checks.sources(results.ROOT / "task1_decoder" / script, {"model": str(model), **settings})
+    said = str(stop.value)
+    assert "\n" not in said and str(model) in said
+    return said
+
+
+def test_a_model_folder_is_checked_before_the_slow_imports(tiny_model_folder, tmp_path):
+    model = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    script = results.ROOT / "task1_decoder" / "03_train.py"
+    for wanted in ("all-linear", "q_proj,mlp.up_proj", "layers.1.mlp.down_proj", r".*(q|k)_proj"):
+        checks.sources(script, {"model": str(model), "target_modules": wanted})
+    said = refused(model, target_modules="q_proj,query")
+    assert "no layer named query" in said and "k_proj" in said and "up_proj" in said
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{% generation %}x{% endgeneration %}"
+                                               "{% endfor %}")
+    checks.sources(script, {"model": str(model)})
+    (model / "chat_template.jinja").write_text("{% for m in messages %}")
+    assert "chat template" in refused(model)
+    (model / "chat_template.jinja").unlink()
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ oops"}))
+    assert "chat template" in refused(model)
+    (model / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json" in refused(model)
+    (model / "tokenizer_config.json").unlink()
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "model.safetensors is damaged or cut short" in refused(model)
+    weights.unlink()
+    assert "no weights" in refused(model)
+
+
+def test_the_minutes_are_those_of_the_reference_scaled_by_weights_and_steps(tiny_model_folder, monkeypatch):
+    script = results.ROOT / "task1_decoder" / "03_train.py"
+
+    def said(step="03_train", profile="cpu", **settings):
+        return checks.minutes(script.with_stem(step), SimpleNamespace(profile=profile, settings=settings))
+    seconds = [json.loads(path.read_text())["cost"]["seconds"] for path in sorted(
+        (results.ROOT / "results" / "cpu" / "task1_decoder").glob("0*.json"))]
+    assert f"03_train: about {round(seconds[2] / 60)} min, if this machine is like" in said()
+    assert f"all steps {round(sum(seconds) / 60)}, if" in said("01_data") and "2 cores" in said("01_data")
+    assert f"about {round(4 * seconds[2] / 60)} min" in said(max_steps="150", batch_size="16")
+    assert "about 1 min" in said(model=str(tiny_model_folder))
+    monkeypatch.setattr(results, "read", lambda path: sys.exit(f"{path} was edited"))
+    assert said() is None  # a damaged reference stops nobody
+    monkeypatch.undo()
+    for unknown in ({"model": "owner/name"}, {"profile": "smoke-test"}, {"step": "ablations"}):
+        assert said(**unknown) is None
+
+
+def test_checks_load_neither_torch_nor_transformers():
+    code = ("import sys; from common import checks; "
+            "print(sorted({'torch', 'transformers', 'numpy', 'pandas'} & sys.modules.keys()))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, env=environment(results.ROOT),
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

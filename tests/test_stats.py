@@ -30,6 +30,17 @@ def test_interval_of_a_normal_mean_matches_theory():
     assert (got["lo"], got["hi"]) == (pytest.approx(-0.196, abs=0.015), pytest.approx(0.196, abs=0.015))
 
 
+def test_the_bootstrap_draws_an_item_with_its_weight():
+    """Each total is twice its weight, so that every draw of whole items has the ratio 2; and a difference of
+    half the weight has the ratio 1/2.
+    """
+    weights = np.arange(1.0, 31)
+    whole = stats.ratio_interval(2 * weights, weights)
+    assert (whole["lo"], whole["hi"]) == (pytest.approx(2), pytest.approx(2))
+    delta = stats.paired_delta(3 * weights, 3.5 * weights, weights)
+    assert (delta["lo"], delta["hi"]) == (pytest.approx(0.5), pytest.approx(0.5))
+
+
 def test_mcnemar_counts_only_the_discordant_items():
     """6 gained, 1 lost, 5 unchanged: two-sided exact binomial p = 2 * (1 + 7) / 2^7 = 0.125; accuracy moves
     by 5/12.

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from common import results, stats
 from task1_decoder import basket, scoring, task
+from tests.decoders import with_tokenizer
 
 CFG = task.Config()
 ROW = {"id": "a", "prompt": task.SHOTS[2][0], "completion": task.SHOTS[2][1]}
@@ -60,7 +61,8 @@ def test_labels_are_exactly_the_answers_though_padding_differs_in_length(tokeniz
     for example, labels, ids, mask in zip(
         examples, batch["labels"], batch["input_ids"], batch["attention_mask"]
     ):
-        assert labels[labels != -100].tolist() == example["answer"]
+        answer = example["answer"]
+        assert labels.tolist() == [-100] * (len(labels) - len(answer)) + answer
         assert ids[mask == 1].tolist() == example["prompt"] + example["answer"]
 
 
@@ -74,6 +76,17 @@ def test_nll_equals_the_sum_computed_row_by_row(tiny_model, tokenizer):
         nats = torch.nn.functional.cross_entropy(logits, answer, reduction="sum").item()
         assert item["nats"] == pytest.approx(nats, rel=1e-4)
         assert item["tokens"] == len(answer) and item["correct"] == (logits.argmax(1) == answer).sum()
+
+
+def test_the_most_probable_tokens_count_as_right(tiny_model, tokenizer):
+    """The model's own greedy answer with another last token: all but that one."""
+    (example,) = task.encode(tokenizer, [ROW], CFG)
+    ids = torch.tensor([example["prompt"]])
+    new = tiny_model.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=0, eos_token_id=2)
+    answer = new[0, ids.shape[1] :].tolist()
+    answer[-1] += 1
+    (item,) = scoring.score_answers(tiny_model, tokenizer, [example | {"answer": answer}], 1)
+    assert item["correct"] == item["tokens"] - 1 > 0
 
 
 def test_training_loss_equals_nll(tiny_model, tokenizer):
@@ -281,14 +294,106 @@ def test_training_rows_that_repeat_held_out_ones_stop_the_run():
     assert not any(data.leaks({"train": [ROW], "dev": [LONG], "test": [LONG]}, own=False).values())
 
 
+CHATS = [
+    {
+        "id": "a",
+        "prompt": "And then?",
+        "completion": "C.",
+        "turns": [("First?", "One."), ("Second?", "Two.")],
+        "instruction": "Be brief.",
+    },
+    {"id": "b", "prompt": "Hi?", "completion": "Hello.", "turns": [], "instruction": ""},
+]
+
+
+def rendered(tokenizer, *messages):
+    turns = [{"role": role, "content": text} for role, text in messages]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def test_chats_are_asked_as_the_template_writes_them(tokenizer):
+    """With their own system message, and without the instruction that belongs to the corpus."""
+    prompt = task.Prompt(tokenizer, task.Config(data="own.jsonl"))
+    whole = rendered(
+        tokenizer,
+        ("system", "Be brief."),
+        *(("user", "First?"), ("assistant", "One."), ("user", "Second?"), ("assistant", "Two.")),
+        ("user", "And then?"),
+    )
+    assert prompt.of(CHATS[0]).text("And then?") == whole
+    encoded = prompt.encode(CHATS[0])
+    assert tokenizer.decode(encoded["prompt"]) == whole and encoded["answer"][-1] == prompt.end
+    assert prompt.of(CHATS[1]).text("Hi?") == rendered(tokenizer, ("user", "Hi?"))
+    given = task.Prompt(tokenizer, task.Config(data="own.jsonl", instruction="Say it."))
+    for row, system in zip(CHATS, ("Be brief.", "Say it.")):
+        assert given.of(row).text("").startswith(rendered(tokenizer, ("system", system))[:40])
+    shown = task.Prompt(tokenizer, task.Config(data="own.jsonl"), shots=[("Q?", "A.")]).of(CHATS[0])
+    assert shown.before.index("Q?") < shown.before.index("First?") < shown.before.index("Second?")
+    (example,) = task.encode(tokenizer, CHATS[:1], task.Config(data="own.jsonl"), [("Q?", "A.")])
+    assert tokenizer.decode(example["prompt"]) == shown.text("And then?")
+
+
+def test_the_oldest_turns_of_a_long_chat_go_first_and_no_marker_is_cut(tokenizer):
+    texts = ["First? One.", "Second? Two.", "And then?"]
+    room = [sum(len(tokenizer(text).input_ids) for text in texts[i:]) for i in range(3)]
+    for limit, kept in ((room[0] + 1, 2), (room[1], 1), (room[1] - 2, 0), (1, 0)):
+        cfg = task.Config(data="own.jsonl", max_prompt_tokens=limit)
+        text = tokenizer.decode(task.Prompt(tokenizer, cfg).encode(CHATS[0])["prompt"])
+        assert ("First?" in text, "Second?" in text) == (kept > 1, kept > 0), limit
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+        assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert text.count("<|im_start|>") == text.count("<|im_end|>") + 1 == 3 + 2 * kept
+
+
+def test_a_model_without_template_says_so_for_chats(tokenizer):
+    bare = with_tokenizer(tokenizer, "BOS")
+    with pytest.raises(SystemExit, match="has no chat template for the messages"):
+        task.encode(bare, CHATS, task.Config(data="own.jsonl"))
+
+
+def test_chats_are_examples_and_questions_as_a_whole(tokenizer, tmp_path):
+    results.write_rows(tmp_path / "train.jsonl", CHATS)
+    shots = task.shots_of(own_run(tmp_path, data="own.jsonl"))
+    assert [tuple(shot) for shot in shots] == [
+        ("First?", "One."), ("Second?", "Two."), ("And then?", "C."), ("Hi?", "Hello.")
+    ]
+    rows = [row | {"package": "own", "completion": f"answer {i}"} for i, row in enumerate(CHATS * 3)]
+    prompt = task.Prompt(tokenizer, task.Config(data="own.jsonl"))
+    questions = data.choice_rows(rows, rows, prompt, 2, 0)
+    assert [q["prompt"] for q in questions] == [prompt.of(row).text(row["prompt"]) for row in CHATS]
+
+
+def test_own_chats_are_split_without_copies(tmp_path):
+    """The same last question after other turns is another question; the same whole chat is not."""
+    nouns = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
+
+    def chat(i, answer):
+        texts = f"Tell of the {nouns[i % 10]} and the {nouns[i // 10]}.", f"It is {i * 37}.", "Why?", answer
+        roles = ("user", "assistant") * 2
+        return {"chat": [{"role": role, "content": text} for role, text in zip(roles, texts)]}
+
+    own = [chat(i, f"Of number {i * i}.") for i in range(100)]
+    again = [chat(i, f"No {i}, but not so.") for i in range(50)]
+    results.write_rows(tmp_path / "own.jsonl", own + own[:7] + again)
+    file = str(tmp_path / "own.jsonl")
+    run = own_run(tmp_path, data=file, columns="messages=chat", n_test=30, n_dev=10)
+    kept, counts = data.own_rows(run)
+    assert counts["parsed"] == 157 and counts["repeated"] == 7
+    assert counts["kept"] - counts["prompt_held_out"] == len(kept) > 100 and counts["prompt_held_out"] > 0
+    splits = {split: [row for row in kept if row["split"] == split] for split in ("train", "dev", "test")}
+    assert not any(data.leaks(splits, own=True).values())
+    assert all(row["turns"] and row["prompt"] == "Why?" for row in kept)
+
+
 def test_a_question_has_four_different_choices():
     rows = [
         {"id": str(i), "package": "own", "prompt": f"q{i}", "completion": f"answer {i % 2}"}
         for i in range(20)
     ]
-    assert data.choice_rows(rows, rows, SimpleNamespace(text=str), 20, 0) == []
+    prompt = SimpleNamespace(of=lambda row: SimpleNamespace(text=str))
+    assert data.choice_rows(rows, rows, prompt, 20, 0) == []
     rows = [row | {"completion": f"answer {i % 5}"} for i, row in enumerate(rows)]
-    made = data.choice_rows(rows, rows, SimpleNamespace(text=str), 20, 0)
+    made = data.choice_rows(rows, rows, prompt, 20, 0)
     assert len(made) == 20
     for row, question in zip(rows, made):
         assert (

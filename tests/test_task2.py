@@ -97,6 +97,19 @@ def test_nearest_documents_are_those_of_the_cosine():
         assert scores == pytest.approx({document: exact[document] for document in best}, abs=1e-5)
 
 
+def test_equal_scores_are_ordered_by_id_and_not_by_the_order_of_the_texts():
+    """Or a corpus that lists right answers first would flatter an encoder that cannot tell texts apart."""
+    search = task.Retrieval({"q": ""}, {"c": "", "a": "", "b": ""}, {"q": {"c"}})
+    (item,) = task.evaluate(search, [dict.fromkeys(search.documents, 0.5)])
+    assert item["ranked"] == ["a", "b", "c"] and item["rank"] == 3
+
+
+def test_before_and_after_are_the_same_queries(random_search):
+    _, _, items = random_search
+    with pytest.raises(ValueError, match="not measured on the same items"):
+        evaluation.compared("pool", items, items[1:] + items[:1], task.METRICS)
+
+
 def test_rank_fusion_worked_by_hand():
     """1/61 + 1/63 for a, 1/62 + 1/61 for b, 1/63 + 1/62 for c."""
     fused = task.fuse([{"ranked": ["a", "b", "c"]}], [{"ranked": ["b", "c", "a"]}])[0]

@@ -372,3 +372,22 @@ def test_the_test_texts_are_read_by_kind(tmp_path):
     results.write_rows(tmp_path / "test.jsonl", [window, *others])
     run = SimpleNamespace(artifact=lambda step, name: tmp_path / name)
     assert task.test_sets(run) == {"term windows": [window], "any text": others}
+
+
+def test_near_copies_of_own_texts_stay_in_one_split_only(tmp_path):
+    """A text of the test split that stands in training with one word changed is dropped from training."""
+    words = [f"word{i}" for i in range(30)]
+    changed = " ".join(["another", *words[1:]])
+    others = [" ".join(f"other{i}x{j}" for j in range(12)) for i in range(100)]
+    others = [{"body": text, "part": "train"} for text in others]
+    rows = [{"body": changed, "part": "train"}, {"body": " ".join(words), "part": "test"},
+            {"body": " ".join(words), "part": "dev"}, {"body": "too short", "part": "dev"}, *others]
+    results.write_rows(tmp_path / "own.jsonl", rows)
+    cfg = task.Config(data=str(tmp_path / "own.jsonl"), columns="text=body split=part")
+    found, n_texts = task.documents(cfg)
+    assert n_texts == 104 and len(found) == 102  # one short, one exact repeat
+    kept = importlib.import_module("task3_tokenizer.01_data").without_near_copies(found)
+    assert len(kept) == 101 and not any("another" in row["text"] for row in kept)
+    results.write_rows(tmp_path / "own.jsonl", [{"completion": row["body"]} for row in others])
+    found, _ = task.documents(task.Config(data=str(tmp_path / "own.jsonl")))
+    assert {row["text"] for row in found} == {f" {row['body']}" for row in others}

@@ -1,0 +1,127 @@
+"""What is trusted and what is told: no network, weights that are data only, no name of this machine."""
+
+import ast
+import getpass
+import re
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from common import results
+from tests import small
+from tests.conftest import environment
+
+TEXTS = {".py", ".md", ".j2", ".json", ".jsonl", ".csv", ".toml", ".txt", ".yaml", ".yml", ".svg", ""}
+UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+@cache
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files"], cwd=results.ROOT, capture_output=True, text=True, check=False)
+    names = done.stdout.split() or [str(path) for path in results.ROOT.rglob("*") if path.is_file()]
+    return [results.ROOT / name for name in names if not name.startswith(("runs/", ".venv/"))]
+
+
+def product() -> list[Path]:
+    return [path for path in tracked() if path.suffix == ".py" and path.parent.name != "tests"]
+
+
+def calls(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {word.arg: word.value for word in node.keywords}, node.lineno
+
+
+def test_weights_are_data_and_foreign_code_never_runs(record):
+    """No pickle, no torch.load, no trust_remote_code but False, nothing written but safetensors."""
+    found = []
+    for path in product():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+            found += [f"{path.name}: {name}" for name in names if name.split(".")[0] in UNSAFE]
+        for name, words, line in calls(tree):
+            trusted = words.get("trust_remote_code", ast.Constant(False))
+            wrong = (name in ("torch.load", "torch.save", "eval", "exec", "numpy.load", "np.load")
+                     or not (isinstance(trusted, ast.Constant) and trusted.value is False)
+                     or "safe_serialization" in words)
+            found += [f"{path.name} line {line}: {name}"] if wrong else []
+    assert not found
+    record("supply", what="no pickle, torch.load or foreign code", files=len(product()), result="ok")
+
+
+def of_this_machine() -> re.Pattern:
+    """Paths and names that only this machine has, and folders of people on any."""
+    home, user = str(Path.home()), getpass.getuser()
+    places = {str(results.ROOT), sys.prefix, sysconfig.get_paths()["purelib"], home} - {"/", "/root"}
+    words = [re.escape(place) for place in places if len(place) > 3]
+    words += [rf"\b{re.escape(user)}\b"] if user not in ("root", "user", "runner") else []
+    words += [r"/(home|Users)/\w+/", r"/root/", r"[A-Z]:\\Users\\", r"/tmp/[\w.-]+/"]
+    return re.compile("|".join(words))
+
+
+def test_no_committed_file_names_a_machine_or_a_person(record):
+    pattern, found = of_this_machine(), []
+    for path in tracked():
+        if path.suffix in TEXTS and path.is_file() and path.parent.name != "tests":
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found += [f"{path.relative_to(results.ROOT)}: {match[0]}" for match in pattern.finditer(text)][:3]
+    assert not found
+    record("supply", what="no path or user name in a committed file", files=len(tracked()), result="ok")
+
+
+@pytest.mark.parametrize("task", [
+    pytest.param(task, marks=[] if task == "task1_decoder" else pytest.mark.faults) for task in small.TASKS])
+def test_what_a_run_leaves_is_safe_and_names_no_machine(task, steps, record):
+    """Weights in safetensors only, and no path in any text or header, checkpoints included."""
+    own = steps(task)
+    own.reach("03_train")
+    own.restore("04_eval")
+    files = [file for folder in own.places.values() for file in folder.rglob("*") if file.is_file()]
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")]
+    places = [str(own.root.parent.parent), str(results.ROOT), sys.prefix, f"{Path.home()}/"]
+    for file in files:
+        head = file.read_bytes()[:1 << 20].decode("utf-8", "replace")
+        assert not [place for place in places if place in head], file
+    record("supply", what="safe files that name no machine", task=task, files=len(files), result="ok")
+
+
+def offline(root: Path, home: Path, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A script in a network namespace without network, with an empty home and cache."""
+    home.mkdir(exist_ok=True)
+    environ = {k: v for k, v in environment(root).items()
+               if not k.startswith(("HF_", "XDG_", "TRANSFORMERS_", "NLTK_"))}
+    return subprocess.run(["unshare", "-rn", sys.executable, script, *arguments], cwd=root, check=False,
+                          env=environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=900)
+
+
+def no_namespace() -> str | None:
+    """Why this machine has no network namespaces, or None."""
+    try:
+        done = subprocess.run(["unshare", "-rn", "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "no unshare"
+    return done.stderr.strip() if done.returncode else None
+
+
+@pytest.mark.parametrize("task", [
+    "one step", *(pytest.param(task, marks=pytest.mark.faults) for task in small.TASKS)])
+def test_nothing_asks_a_network(task, repo, tmp_path, record):
+    """The smoke profile after set-up with default models and data; the quick one has a tiny model."""
+    if reason := no_namespace():
+        record("supply", what="no network", task=task, result=f"not tried: {reason}")
+        pytest.skip(reason)
+    quick = task == "one step"
+    name, names = (small.TASKS[0], small.STEPS[:1]) if quick else (task, small.STEPS)
+    more = small.arguments(repo, name, repo) if quick else []
+    for step in names:
+        done = offline(repo, tmp_path / "home", f"{name}/{step}.py", "--profile", "smoke", "--run", "offline",
+                       *more)
+        assert done.returncode == 0, f"{step}: {done.stderr[-1500:]}"
+    record("supply", what="no network", task=name, steps=len(names), result="ok")
