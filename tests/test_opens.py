@@ -29,6 +29,7 @@ from tests import test_pipeline2, test_pipeline3
 from tests.conftest import environment, result_rows, step
 from tests.decoders import save_decoder, write_rows
 
+pytestmark = pytest.mark.faults  # whole runs of three tasks: make faults
 TEXTS = ["open the green door", "count every river twice", "def f(x): return sorted(x)", "paper and copper"]
 # llama.cpp's convert_hf_to_gguf.py, if it is on this machine with the packages it needs (sentencepiece)
 CONVERTER = os.environ.get("GGUF_CONVERTER")
@@ -139,7 +140,6 @@ def test_the_ids_that_end_an_answer_are_saved(tokenizer, tmp_path, opened):
     opened("generation_config.json", "transformers", "ids that end an answer", len(saved["eos_token_id"]))
 
 
-@pytest.mark.faults
 def test_lm_eval_reproduces_our_numbers(decoder, tiny_model_folder, tmp_path, opened):
     """Stock definition and ours, item by item, by lm-eval's own command line."""
     copied(decoder, tmp_path, "adapter")
@@ -182,7 +182,6 @@ def test_lm_eval_reproduces_our_numbers(decoder, tiny_model_folder, tmp_path, op
                "accuracies as in 04; largest difference of a log-likelihood", difference)
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("folder", ["decoder/merged", "words/new/c2"])
 def test_gguf(folder, request, tmp_path, opened):
     """llama.cpp's converter if GGUF_CONVERTER says where it is, and its file read by transformers; else only
@@ -226,7 +225,6 @@ print(json.dumps({"vectors": vectors.tolist(), "shares": topics.predict_proba(te
 """
 
 
-@pytest.mark.faults
 def test_encoder_in_sentence_transformers_and_scikit_learn(encoder, tiny_encoder_folder, tmp_path, opened):
     from sklearn.linear_model import LogisticRegression
     found = elsewhere(copied(encoder, tmp_path, "merged"), ENCODER, json.dumps(TEXTS))
@@ -260,7 +258,6 @@ print(json.dumps({"ids": ids, "alone": alone}))
 """
 
 
-@pytest.mark.faults
 def test_new_words_in_transformers_and_in_tokenizers(words, tokenizer, tmp_path, opened):
     text = "The Zorbex of a flumquatish river, крипта and a Zorbexes"
     found = elsewhere(copied(words, tmp_path, "new/c2"), WORDS, text)
@@ -278,8 +275,7 @@ def test_new_words_in_transformers_and_in_tokenizers(words, tokenizer, tmp_path,
 # ---------------------------------------------------------------------------- cards, curves, what is in it
 
 EXPORTS = [("decoder", "adapter"), ("decoder", "merged"),
-           *(pytest.param(*export, marks=pytest.mark.faults)
-             for export in (("encoder", "adapter"), ("encoder", "merged"), ("words", "new/c2")))]
+           ("encoder", "adapter"), ("encoder", "merged"), ("words", "new/c2")]
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "new/c2": "transformers"}
 
 
@@ -316,7 +312,6 @@ def test_only_safetensors_and_no_place_of_this_machine(task, inside, request, re
     opened(f"{task} {inside}/", "safetensors", "no pickle, no path of the machine; files", len(files))
 
 
-@pytest.mark.faults
 def test_curves_are_read_by_tensorboard(decoder, encoder, words, opened):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
