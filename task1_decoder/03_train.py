@@ -178,6 +178,7 @@ class DevTrainer(Trainer):
         step = super().training_step
         if not self.graphs:
             return step(model, inputs, num_items_in_batch)
+
         def run(batch):
             inputs = {name: value for name, value in batch.items() if name != "items"}
             return step(model, inputs, batch["items"])

@@ -6,7 +6,6 @@ breaks the import proves nothing.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,15 +20,6 @@ from tests.planted import FAST, FAULTS
 CAUGHT = {f"call: {name}" for name in ("AssertionError", "SystemExit", "Failed", "ValueError")}
 EACH = [pytest.param(fault, id=fault.name, marks=() if fault.name in FAST else pytest.mark.faults)
         for fault in FAULTS]
-
-
-@pytest.fixture
-def record():
-    def append(table: str, **columns):
-        if path := os.environ.get("FAULT_ROWS"):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"table": table, **columns}) + "\n")
-    return append
 
 
 @pytest.fixture(scope="module")

@@ -203,20 +203,26 @@ def test_two_processes_never_write_one_folder(toy):
     assert run(toy, "02_b").returncode == 0
 
 
+STEPS = ("01_a", "02_b", "03_c")
+
+
+def share_knobs(toy, **knobs: str) -> None:
+    """Give the three steps of the toy these knobs, by a Config in its task.py."""
+    fields = "".join(f"\n    # a reason\n    {name}: str = {value!r}" for name, value in knobs.items())
+    edit(toy / "task9_toy" / "task.py", "SHARED = 1", "SHARED = 1\n\nfrom dataclasses import dataclass\n\n"
+         f"@dataclass(frozen=True)\nclass Config:{fields}")
+    for step in STEPS:
+        edit(toy / "task9_toy" / f"{step}.py", "class Config:", "class Config(task.Config):")
+
+
 def test_a_moved_hub_revision_is_stale_and_refused_as_input(toy, tmp_path, monkeypatch):
     """The commit used is part of a result; a machine without the repository keeps its results."""
     cache = tmp_path / "cache" / "models--owner--name" / "refs"
     cache.mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     (cache / "main").write_text("a" * 40)
-    edit(
-        toy / "task9_toy" / "task.py",
-        "SHARED = 1",
-        "SHARED = 1\n\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True)\n"
-        "class Config:\n    # one\n    model: str = 'owner/name'",
-    )
-    for step in ("01_a", "02_b", "03_c"):
-        edit(toy / "task9_toy" / f"{step}.py", "class Config:", "class Config(task.Config):")
+    share_knobs(toy, model="owner/name")
+    for step in STEPS:
         assert run(toy, step).returncode == 0
     stored = json.loads((toy / "results" / "cpu" / "task9_toy" / "01_a.json").read_text())
     assert stored["inputs"]["hub:model:owner/name"] == "a" * 40
@@ -425,14 +431,7 @@ def test_large_weights_are_hashed_in_parts_that_another_training_changes(tmp_pat
 @pytest.fixture
 def with_data(toy):
     """The toy whose first step reads a file, and has a model."""
-    edit(
-        toy / "task9_toy" / "task.py",
-        "SHARED = 1",
-        "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Config:\n    # one\n"
-        "    data: str = 'corpus'\n    # two\n    model: str = 'embedded'",
-    )
-    for step in ("01_a", "02_b", "03_c"):
-        edit(toy / "task9_toy" / f"{step}.py", "class Config:", "class Config(task.Config):")
+    share_knobs(toy, data="corpus", model="embedded")
     edit(toy / "task9_toy" / "01_a.py", "    pass", "    from pathlib import Path\n"
          "    if run.cfg.data != 'corpus': run.track(Path(run.cfg.data))")
     return toy
