@@ -92,6 +92,8 @@ FAULTS = [Fault(name, file, old, new, caught_by if isinstance(caught_by, tuple) 
 
     # ------------------------------------------------------------------------- freshness, models and corpus
     ("freshness ignores the data file", RESULTS, "now = source_hash(ROOT / rest)", "now = old", STALE_DATA),
+    ("artifacts not compared with their result", RESULTS, "if sha256(path) != made:", "if not made:",
+     "test_results.py::test_what_a_step_left_is_verified_before_it_is_read"),
     ("own data is not tracked", DATA1, "run.track(Path(cfg.data)", "str(Path(cfg.data)", STALE_DATA),
     ("shared knobs not checked", RESULTS, 'if result["config"].get(name, value) != value:',
      'if result["config"].get(name, value) is None:',
