@@ -1,6 +1,7 @@
-"""How much faster is HarnessLM than the HFLM it extends? Prints the ratio and the agreement of the answers.
+"""How much faster is HarnessLM than the HFLM it extends, and are the answers the same?
 
-Same requests, same process, one after the other.
+Same requests, same process, one after the other. Items: the stock benchmarks, and the questions of ours where
+`make task1` has left them.
 
     python bench/bench_harness.py [items per benchmark, default 20]
 """
@@ -12,24 +13,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import time
 
-from lm_eval.models.huggingface import HFLM
+import torch
 
+from bench import measured
 from common import models, results
-from task1_decoder import harness
 
-
-class Stock(harness.HarnessLM):
-    """The same model object with lm-eval's own scoring loop."""
-
-    _loglikelihood_tokens = HFLM._loglikelihood_tokens
+SPEED = "items_per_second"
 
 
 def main(n: int) -> None:
+    measured.need("lm_eval", "lm-eval")
+    from lm_eval.models.huggingface import HFLM
+
+    from task1_decoder import harness
+
+    class Stock(harness.HarnessLM):
+        """The same model object with lm-eval's own scoring loop."""
+
+        _loglikelihood_tokens = HFLM._loglikelihood_tokens
+
     tokenizer = models.load_tokenizer("embedded-135m")
     model = models.load_decoder("embedded-135m", "nf4", "auto", True)
     choice = results.ROOT / "runs" / "cpu" / "task1_decoder" / "choice.jsonl"
     if not choice.exists():
-        raise SystemExit(f"{results.shown(choice)} is missing: make task1")
+        choice = results.ROOT / "runs" / "bench" / "no_choice.jsonl"
+        results.write_rows(choice, [])
     ours, seconds, answers = harness.HarnessLM, {}, {}
     for name, kind in (("warm-up", ours), ("HFLM", Stock), ("HarnessLM", ours)):
         harness.HarnessLM = kind
@@ -39,9 +47,12 @@ def main(n: int) -> None:
         seconds[name] = time.perf_counter() - started
     same = [a["acc"] == b["acc"] for task, items in answers["HFLM"].items()
             for a, b in zip(items, answers["HarnessLM"][task])]
-    print(f"items={len(same)} HFLM={seconds['HFLM']:.1f}s HarnessLM={seconds['HarnessLM']:.1f}s "
-          f"ratio={seconds['HFLM'] / seconds['HarnessLM']:.2f} same_answers={sum(same)}/{len(same)} "
-          f"device={results.environment()['device']}")
+    rows = [{"variant": name, "peer": name == "HFLM", SPEED: len(same) / seconds[name],
+             "seconds": seconds[name], "items": len(same), "same_answers": sum(same)}
+            for name in ("HFLM", "HarnessLM")]
+    settings = {"model": "embedded-135m", "items_per_benchmark": n, "benchmarks": list(answers["HFLM"]),
+                "batch_size": 16, "compute": models.compute_name(), "threads": torch.get_num_threads()}
+    measured.write("harness", settings, rows, SPEED)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 Same untied model, ids, windows and learning rate in the same process. Peer: PEFT's TrainableTokensConfig on
 both matrices under transformers' own loss. Ours: `fit` of 03 on embeddings.train_rows (no gradient of the
-frozen rows, the head on real tokens only). Alternating; prints tokens per second of each, the ratio, and
-how far the losses of the same steps are apart.
+frozen rows, the head on real tokens only). They take turns; the result says how far the losses of the same
+steps are apart.
 
-    python bench/bench_rows.py [steps each time, default 6]
+    python bench/bench_rows.py [steps each time, default 6] [run, default cpu]
 """
 
 import sys
@@ -16,14 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 import importlib
 from types import SimpleNamespace
 
-from peft import TrainableTokensConfig, get_peft_model
+import torch
 from transformers import Trainer
 
+from bench import measured
 from common import models, results
 from task3_tokenizer import embeddings, task, windows
 
 script = importlib.import_module("task3_tokenizer.03_train")
-OURS = script.WindowTrainer
+OURS, SPEED = script.WindowTrainer, "tokens_per_second"
 
 
 class Stock(Trainer):
@@ -40,6 +41,7 @@ def once(cfg, source, lexicon, rows, peer: bool) -> dict:
     model, ids = models.load_decoder(str(source), models.compute_name(cfg.compute)), sorted(lexicon.pieces_of)
     model.config.use_cache = False
     if peer:
+        from peft import TrainableTokensConfig, get_peft_model
         tokens = TrainableTokensConfig(target_modules=["embed_tokens", "lm_head"], token_indices=ids)
         model = get_peft_model(model, tokens)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -49,14 +51,15 @@ def once(cfg, source, lexicon, rows, peer: bool) -> dict:
         trained, _ = embeddings.train_rows(model, ids)
     script.WindowTrainer = Stock if peer else OURS
     learn = [{"params": trained, "lr": cfg.lr_rows}]
-    return script.fit(cfg, model, lexicon.new, learn, rows, cfg.batch_size, lambda **values: None, "bench")
+    return script.fit(cfg, model, lexicon.new, learn, rows, cfg.batch_size, [])
 
 
-def main(steps: int) -> None:
-    folder = results.ROOT / "runs" / "cpu" / "task3_tokenizer"
-    stored = results.read(results.ROOT / "results" / "cpu" / "task3_tokenizer" / "03_train.json")
+def main(steps: int, run: str) -> None:
+    measured.need("peft", "peft")
+    folder = results.ROOT / "runs" / run / "task3_tokenizer"
     if not (folder / "new" / "init").exists():
-        raise SystemExit(f"{results.shown(folder / 'new' / 'init')} is missing: make task3")
+        raise SystemExit(f"{results.shown(folder / 'new' / 'init')} is missing: make task3 RUN={run}")
+    stored = results.read(results.ROOT / "results" / run / "task3_tokenizer" / "03_train.json")
     cfg = results.config_of(script.Config, stored["config"], log_every=1)
     lexicon = task.lexicon(SimpleNamespace(cfg=cfg, artifact=lambda step, name: folder / name))
     rows = windows.interleave_terms(results.read_rows(folder / "train.jsonl"), 0, cfg.batch_size)
@@ -66,11 +69,16 @@ def main(steps: int) -> None:
             one = once(cfg, folder / "new" / "init", lexicon, rows[:steps * cfg.batch_size], name == "PEFT")
             if turn:  # the first turn warms up
                 done.append(one)
-    peer, ours = (sum(s["tokens"] for s in done) / sum(s["seconds"] for s in done) for done in stats.values())
     apart = max(abs(a["value"] - b["value"]) for a, b in zip(*(done[0]["losses"] for done in stats.values())))
-    print(f"steps={steps} tokens/s PEFT={peer:.0f} ours={ours:.0f} ratio={ours / peer:.2f} "
-          f"largest_loss_difference={apart:.3f} device={results.environment()['device']}")
+    table = [{"variant": name, "peer": name == "PEFT",
+              SPEED: sum(one["tokens"] for one in done) / sum(one["seconds"] for one in done),
+              "loss_first": done[0]["losses"][0]["value"], "loss_last": done[0]["losses"][-1]["value"],
+              "largest_loss_difference": apart, "steps": steps} for name, done in stats.items()]
+    settings = {"model": results.public(cfg.model), "steps": steps, "batch_size": cfg.batch_size,
+                "compute": models.compute_name(), "threads": torch.get_num_threads()}
+    measured.write("rows", settings, table, SPEED)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 6)
+    given = sys.argv[1:]
+    main(int(given[0]) if given else 6, given[1] if given[1:] else "cpu")

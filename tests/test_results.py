@@ -299,7 +299,7 @@ def test_every_script_puts_its_own_clone_first():
     for script in [
         *results.ROOT.glob("task*/0*.py"),
         *results.ROOT.glob("task*/ablations.py"),
-        *results.ROOT.glob("bench/*.py"),
+        *results.ROOT.glob("bench/bench_*.py"),
     ]:
         text = script.read_text(encoding="utf-8")
         assert text.index("sys.path.insert(0, str(Path(__file__).resolve().parent.parent))") < text.index(
