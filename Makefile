@@ -64,12 +64,13 @@ check: setup                   ## report and pages current, results fresh and un
 lint: setup                    ## ruff (1 s)
 	@$(PY) -m ruff check .
 
-test: setup lint               ## lint, tests, then the smoke pipeline (11 min on 2 cores after set-up)
+test: setup lint               ## lint, tests, then task 1 with its embedded model on a few rows (7 min on 2 cores after set-up)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
-	@$(MAKE) --no-print-directory smoke PY=$(PY)
+	@$(MAKE) --no-print-directory task1 PROFILE=smoke PY=$(PY)
 
-test-all: setup lint           ## the tests, and every architecture through every step of its task (20 min on 2 cores)
+test-all: setup lint           ## the slow tests too, every architecture in every step of its task, then smoke (30 min on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not faults"
+	@$(MAKE) --no-print-directory smoke PY=$(PY)
 
 # a row for each fault that was tried; the tests that a fault breaks fail, and so does a table without rows
 faults: setup                  ## kills, full disks, rubbish, planted faults, other tools: results/faults.md (40 min on 2 cores)

@@ -97,7 +97,8 @@ def test_what_is_measured_is_what_the_plain_model_computes(name, tokenizer, tmp_
         assert mine == pytest.approx(theirs, rel=1e-4) and greedy == stock_greedy
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.all  # make test takes a Llama through all steps, in test_pipeline.py
+@pytest.mark.parametrize("name", DECODERS)
 def test_all_steps_run(name, tokenizer, repo, tmp_path):
     folder = save_decoder(name, tokenizer, tmp_path / "model")
     run = f"steps-{name.replace(' ', '-')}"

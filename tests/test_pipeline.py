@@ -27,6 +27,7 @@ def train_rows(root, run):
     return json.loads((root / "results" / run / "task1_decoder" / "03_train.json").read_text())["rows"]
 
 
+@pytest.mark.all
 def test_killed_and_resumed_training_equals_uninterrupted(repo, model):
     for run in ("whole", "killed"):
         assert step(repo, "01_data", "--run", run, *model).returncode == 0
@@ -69,6 +70,7 @@ def test_killed_and_resumed_training_equals_uninterrupted(repo, model):
     assert whole == [(m, s, v.expected) for m, s, v in resumed] and len(whole) > 10
 
 
+@pytest.mark.all
 def test_a_run_killed_after_its_last_step_goes_on(repo, model):
     """All steps are made and nothing is stored yet: the repeated command makes no step, and stores the same
     adapter and curve.
@@ -97,6 +99,7 @@ def test_a_run_killed_after_its_last_step_goes_on(repo, model):
     assert not (folder / "checkpoints").exists()
 
 
+@pytest.mark.all
 def test_checkpoints_of_other_knobs_are_not_resumed(repo, model):
     assert step(repo, "01_data", "--run", "others", *model).returncode == 0
     folder = repo / "runs" / "others" / "task1_decoder" / "checkpoints"
@@ -106,6 +109,7 @@ def test_checkpoints_of_other_knobs_are_not_resumed(repo, model):
     assert done.returncode == 0 and "resuming" not in done.stdout, done.stderr
 
 
+@pytest.mark.all
 def test_equal_trainings_leave_equal_bytes(repo, model):
     """In processes of their own: those that `step` forks share a hash seed, and so the order of sets."""
     assert step(repo, "01_data", "--run", "bytes", *model).returncode == 0
@@ -120,6 +124,7 @@ def test_equal_trainings_leave_equal_bytes(repo, model):
     assert "adapter_config.json" in saved[0] and [n for n in saved[0] if saved[0][n] != saved[1].get(n)] == []
 
 
+@pytest.mark.all
 def test_what_an_embedded_model_leaves_names_no_folder_of_this_machine(repo):
     for name in ("01_data", "03_train"):
         assert (
@@ -134,6 +139,7 @@ def test_what_an_embedded_model_leaves_names_no_folder_of_this_machine(repo):
         ), file
 
 
+@pytest.mark.all
 def test_a_model_of_a_hub_runs_from_an_empty_cache_and_offline(repo, tiny_model_folder, tmp_path):
     """01 loads a tokenizer only, which used to leave a partial snapshot that 02 took for whole. Adapter and
     results name hub id and commit.
@@ -196,7 +202,7 @@ OWN = [
 ]
 
 
-def test_own_chats_and_a_benchmark_run_through_all_four_steps(repo, model):
+def test_own_chats_and_a_benchmark_run_through_all_four_steps(quick, model):
     words = ["river", "stone", "cloud", "garden", "lantern", "paper", "bridge", "winter", "copper", "violin"]
     texts = [[f"{words[(i * k) % 10]}{i}" for k in range(1, 13)] for i in range(80)]
     chats = [
@@ -207,21 +213,21 @@ def test_own_chats_and_a_benchmark_run_through_all_four_steps(repo, model):
         ]
         for text in texts
     ]
-    (repo / "own.jsonl").write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in chats))
+    (quick / "own.jsonl").write_text("".join(json.dumps({"chat": chat}) + "\n" for chat in chats))
     items = [{"q": text[0], "a": text[1:5], "right": i % 4} for i, text in enumerate(texts)]
-    (repo / "mine").mkdir()
-    (repo / "mine" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    (repo / "mine" / "task.yaml").write_text(
+    (quick / "mine").mkdir()
+    (quick / "mine" / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (quick / "mine" / "task.yaml").write_text(
         "task: rivers\noutput_type: multiple_choice\ndataset_path: json\n"
         "dataset_kwargs: {data_files: {test: items.jsonl}}\ntest_split: test\n"
         "doc_to_text: '{{q}}:'\ndoc_to_choice: '{{a}}'\ndoc_to_target: right\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     for name in ("01_data", "02_baseline", "03_train", "04_eval"):
-        assert (done := step(repo, name, *model, *OWN)).returncode == 0, f"{name}: {done.stderr[-2000:]}"
-    assert "repeated=0" in step(repo, "01_data", *model, *OWN).stdout
+        assert (done := step(quick, name, *model, *OWN)).returncode == 0, f"{name}: {done.stderr[-2000:]}"
+    assert "repeated=0" in step(quick, "01_data", *model, *OWN).stdout
     stored = {
-        name: json.loads((repo / "results" / "own" / "task1_decoder" / f"{name}.json").read_text())
+        name: json.loads((quick / "results" / "own" / "task1_decoder" / f"{name}.json").read_text())
         for name in ("01_data", "02_baseline", "04_eval")
     }
     rows = stored["04_eval"]["rows"]
@@ -234,15 +240,15 @@ def test_own_chats_and_a_benchmark_run_through_all_four_steps(repo, model):
         assert {"file:mine/task.yaml", "file:mine/items.jsonl"} <= set(stored[name]["inputs"])
 
 
-def test_an_ablation_row_is_a_training_with_one_thing_changed(repo, model):
-    assert (done := step(repo, "ablations", *model, *OWN, "only=bf16 LoRA;rank 4")).returncode == 0, (
+def test_an_ablation_row_is_a_training_with_one_thing_changed(quick, model):
+    assert (done := step(quick, "ablations", *model, *OWN, "only=bf16 LoRA;rank 4")).returncode == 0, (
         done.stderr[-2000:]
     )
-    rows = json.loads((repo / "results" / "own" / "task1_decoder" / "ablations.json").read_text())["rows"]
+    rows = json.loads((quick / "results" / "own" / "task1_decoder" / "ablations.json").read_text())["rows"]
     size = {r["name"]: r["value"] for r in rows if r["metric"] == "trainable_parameters"}
     assert size["bf16 LoRA"] == size["as in 03"] == 4 * size["rank 4"]
     assert {r["name"] for r in rows if r["table"] == "ablation minus 03"} == {"bf16 LoRA", "rank 4"}
-    one_line(step(repo, "ablations", *model, *OWN, "only=nothing"), "no row 'nothing'")
+    one_line(step(quick, "ablations", *model, *OWN, "only=nothing"), "no row 'nothing'")
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):

@@ -154,6 +154,7 @@ def test_the_tokenizer_that_01_saved_is_the_one_all_steps_use(whole, tiny_model_
     assert lexicon.new.padding_side == lexicon.old.padding_side
 
 
+@pytest.mark.all
 def test_ablation_rows_take_the_other_ways(repo, own, whole):
     finished(run(repo, "ablations", "--run", "whole3", *own,
                  "only=tied;AddedToken;texts per token;all stages, seed 1"))

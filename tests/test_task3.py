@@ -309,6 +309,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.all
 def test_training_goes_on_after_the_last_finished_stage_and_ends_the_same(tiny_model_folder, tmp_path, arm):
     cfg = config(model=str(tiny_model_folder), texts_a=1, texts_b=1, texts_c1=1, texts_c2=1, log_every=1)
     rows = [row | {"text": row["text"] + f" {k}"} for k in range(4) for row in WINDOWS]
