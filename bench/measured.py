@@ -145,7 +145,9 @@ def lines(rows: list[dict]) -> list[str]:
     def cell(value):
         if isinstance(value, float):
             return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-        return {True: "yes", False: "", None: ""}.get(value, str(value))
+        if value is None or isinstance(value, bool):
+            return "yes" if value else ""
+        return str(value)
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = [names, *([cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(names))]
