@@ -290,20 +290,16 @@ def test_user_errors_are_one_line_and_write_nothing(repo, name, arguments, words
     assert not any((repo / place / run).exists() for place in ("results", "runs") for run in ("y", "z"))
 
 
-def test_steps_that_disagree_on_a_shared_knob_are_refused(repo, model):
-    assert step(repo, "01_data", "--run", "shared", *model).returncode == 0
-    one_line(
-        step(repo, "02_baseline", "--run", "shared", *model, "--set", "max_prompt_tokens=50"),
-        "max_prompt_tokens=80",
-        "50",
-    )
+def test_steps_that_disagree_on_a_shared_knob_are_refused(quick, model):
+    done = step(quick, "02_baseline", *model, *OWN, "max_prompt_tokens=50")
+    one_line(done, "max_prompt_tokens=80", "50")
 
 
-def test_interrupt_is_one_line(repo, model):
+def test_interrupt_is_one_line(quick, model):
     child = subprocess.Popen(
-        [sys.executable, "task1_decoder/02_baseline.py", "--profile", "smoke", "--run", "shared", *model],
-        cwd=repo,
-        env=environment(repo),
+        [sys.executable, "task1_decoder/02_baseline.py", "--profile", "smoke", *model, *OWN],
+        cwd=quick,
+        env=environment(quick),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
