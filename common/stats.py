@@ -41,10 +41,13 @@ def rows_of(table: str, name: str, items: list[dict], metrics, **more) -> list[d
              **ratio_interval(*metric.columns(items)), **more} for metric in metrics if items]
 
 
-def delta_rows(table: str, name: str, before: list[dict], after: list[dict], metrics, **more) -> list[dict]:
+def delta_rows(table: str, name: str, before: list[dict], after: list[dict], metrics, clusters=None,
+               **more) -> list[dict]:
     """A result row per metric of `after - before`, item by item: as `rows_of`, with p, better and verdict.
 
-    ValueError unless both sides hold the same items in the same order, by their "id".
+    With `clusters`, a label for each item, the row also has the number of clusters and "cluster_lo" and
+    "cluster_hi", of a bootstrap that draws whole clusters: items of one resemble each other. ValueError
+    unless both sides hold the same items in the same order, by their "id".
     """
     if [item.get("id") for item in before] != [item.get("id") for item in after]:
         raise ValueError(f"{table}: before and after were not measured on the same items")
@@ -53,9 +56,44 @@ def delta_rows(table: str, name: str, before: list[dict], after: list[dict], met
         (old, weights), (new, _) = metric.columns(before), metric.columns(after)
         delta = mcnemar(old, new) if metric.binary else paired_delta(old, new, weights)
         judged = verdict(delta, metric.better == "higher") if metric.better else None
+        if clusters:
+            labels, place = np.unique(clusters, return_inverse=True)
+            sums = [np.bincount(place, weights=column) for column in (new - old, weights)]
+            delta["clusters"] = len(labels)
+            delta |= {f"cluster_{bound}": value for bound, value in _interval(sums).items()}
         rows.append({"table": table, "name": name, "metric": metric.name, "label": metric.label, **delta,
                      "better": metric.better, "verdict": judged, **more})
     return rows
+
+
+def holm(rows: list[dict]) -> list[dict]:
+    """The rows of a result file, those with a verdict judged again by a p that counts how many there are.
+
+    "p_holm" is Holm's step-down correction (1979): with it, the chance that any verdict of a file is an
+    accident stays below 5 %.
+    """
+    judged = sorted((row for row in rows if row.get("verdict")), key=lambda row: row["p"])
+    least = 0.0
+    for place, row in enumerate(judged):
+        least = row["p_holm"] = max(least, min(1.0, row["p"] * (len(judged) - place)))
+        row["verdict"] = verdict(row, row["better"] == "higher")
+    return rows
+
+
+def over_seeds(table: str, rows: list[dict]) -> dict:
+    """A result row of one difference in several trainings: `rows` of other seeds, this run's first.
+
+    "value" is the mean, "lo" and "hi" Student's 95 % interval over the n seeds, "least" and "most" the range.
+    The verdict is the first row's if this interval excludes 0 too, else "no difference shown".
+    """
+    values = np.array([row["value"] for row in rows])
+    mean, half = values.mean(), scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    first = rows[0]
+    shown = np.sign(first["value"]) == np.sign(mean) and abs(mean) > half
+    kept = {key: first[key] for key in ("name", "metric", "label", "better")}
+    return {"table": table, **kept, "value": float(mean), "lo": float(mean - half), "hi": float(mean + half),
+            "n": len(values), "least": float(values.min()), "most": float(values.max()),
+            "seed_verdict": first["verdict"] if shown else "no difference shown"}
 
 
 def refuse_unchanged(before, after) -> None:
@@ -118,9 +156,10 @@ def mcnemar(before, after) -> dict:
 def verdict(delta: dict, higher_is_better: bool) -> str:
     """"improved" or "worse" only if the 95 % interval excludes 0 and p < 0.05, else "no difference shown".
 
-    Both are asked, because at the edge an interval can exclude 0 where the exact test says p = 0.07.
+    Both are asked, because at the edge an interval can exclude 0 where the exact test says p = 0.07. The p is
+    that of `holm`, if there is one.
     """
-    if delta["lo"] <= 0 <= delta["hi"] or delta["p"] >= 0.05:
+    if delta["lo"] <= 0 <= delta["hi"] or delta.get("p_holm", delta["p"]) >= 0.05:
         return "no difference shown"
     return "improved" if (delta["value"] > 0) == higher_is_better else "worse"
 

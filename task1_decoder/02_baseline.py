@@ -38,14 +38,16 @@ def main(run):
 
     zero_shot = task.measure(model, tokenizer, run)
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
+    del model
+    # 4 bits alone make a model worse, so a tuned one is judged against 16 bits, and against good prompts
+    plain = models.compute_name(cfg.compute)
+    model = models.load_decoder(cfg.model, plain)
+    unquantised = task.measure(model, tokenizer, run)
     few_shot = task.score(model, tokenizer, test, cfg, task.trained_texts(run), task.shots_of(run))
     run.log(measured="3-shot", nll_per_token=task.nll(few_shot))
-    del model
-    # 4 bits alone cost general English, so what training made the model forget is judged against 16 bits
-    plain = models.compute_name(cfg.compute)
-    unquantised = task.measure(models.load_decoder(cfg.model, plain), tokenizer, run, general_only=True)
 
-    measured = {"base": zero_shot, "base 3-shot": {"heldout": few_shot}, f"{plain} base": unquantised}
+    measured = {"base": zero_shot, f"{plain} base": unquantised,
+                f"{plain} base 3-shot": {"heldout": few_shot}}
     results.write_atomic(run.folder / "items_base.json", json.dumps(measured))
     rows = [{"table": "size", "name": "base", "metric": name, "value": value}
             for name, value in sizes.items()]

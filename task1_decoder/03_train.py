@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -29,7 +29,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from common import models, training
-from task1_decoder import memory, scoring, task
+from task1_decoder import manners, memory, scoring, task
 from task1_decoder.graphs import Graphs
 
 
@@ -94,6 +94,11 @@ class Config(task.Config):
     # fourth digit.
     liger: bool = True
 
+    # -- what it should not forget --
+    # Share of the rows that are the base model's own answers to general questions (rehearsal.jsonl): without
+    # them it answers everything as briefly as it describes functions.
+    rehearsal: float = 0.05
+
     # -- watching it --
     # Steps between dev losses; each costs 6 s on 2 cores. Checkpoints are written at the same steps.
     eval_every: int = 25
@@ -147,21 +152,52 @@ def load_model(cfg):
 
 # ---------------------------------------------------------------------------------------- batches and loss
 
-def schedule(examples: list[dict], cfg) -> list[dict]:
-    """The examples of every step in training order: shuffled batches of rows of similar length, by epoch.
+def rehearsal(run, cfg) -> list[dict]:
+    """The 16-bit base's answers to general questions, as rows {"id", "prompt", "completion"}.
+
+    They are drawn from its probabilities: its most probable answers would make it repeat itself, and cost it
+    twice as much general English.
+    """
+    n = round(cfg.rehearsal * cfg.max_steps * cfg.batch_size)
+    if not n:
+        return []
+    run.track(manners.REHEARSED)
+    questions, rng = results.read_rows(manners.REHEARSED), random.Random(cfg.seed)
+    asked = [row | {"completion": ""} for _ in range(0, n, len(questions))
+             for row in rng.sample(questions, len(questions))][:n]
+
+    def answer():
+        transformers.set_seed(cfg.seed)
+        tokenizer = models.load_tokenizer(cfg.model)
+        model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
+        prompts = task.encode(tokenizer, asked, replace(cfg, instruction=""))
+        items = scoring.score_answers(model, tokenizer, prompts, cfg.eval_batch_size,
+                                      cfg.max_completion_tokens, sample=True)
+        return {"rows": [row | {"completion": item["text"]} for row, item in zip(asked, items)]}
+    given = [cfg.model, cfg.compute, cfg.seed, cfg.max_completion_tokens, asked]
+    return results.cached(run.folder / f"rehearsal-{cfg.seed}.json", given, answer)["rows"]
+
+
+def schedule(examples: list[dict], cfg, rehearsed: list[dict] = ()) -> list[dict]:
+    """The examples of every step in training order: shuffled batches of rows of similar length, by epoch,
+    with `rehearsed` spread among them.
 
     The Trainer reads the list in sequence, so a resumed run sees what an uninterrupted one would have seen.
     """
     def length(example):
         return len(example["prompt"]) + len(example["answer"])
     rng, ordered, needed = random.Random(cfg.seed), [], cfg.max_steps * cfg.batch_size
-    while len(ordered) < needed:
-        epoch = rng.sample(examples, len(examples))[:needed - len(ordered)]
-        for start in range(0, len(epoch), cfg.bucket * cfg.batch_size):
-            span = sorted(epoch[start:start + cfg.bucket * cfg.batch_size], key=length)
-            batches = [span[i:i + cfg.batch_size] for i in range(0, len(span), cfg.batch_size)]
-            rng.shuffle(batches)
-            ordered += [example for batch in batches for example in batch]
+    mixed = []
+    while len(mixed) < needed - len(rehearsed):
+        mixed += rng.sample(examples, len(examples))
+    del mixed[needed - len(rehearsed):]
+    for place, example in zip(sorted(rng.sample(range(needed), len(rehearsed))), rehearsed):
+        mixed.insert(place, example)
+    for start in range(0, needed, cfg.bucket * cfg.batch_size):
+        span = sorted(mixed[start:start + cfg.bucket * cfg.batch_size], key=length)
+        batches = [span[i:i + cfg.batch_size] for i in range(0, len(span), cfg.batch_size)]
+        rng.shuffle(batches)
+        ordered += [example for batch in batches for example in batch]
     return ordered
 
 
@@ -199,18 +235,22 @@ class DevTrainer(Trainer):
 
 # ------------------------------------------------------------------------------------------------ training
 
-def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: str, log, callbacks=()):
-    """Train an adapter on `rows` and keep the one with the best dev loss.
+def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: str, log,
+          rehearsed: list[dict] = (), start=None, callbacks=()):
+    """Train an adapter on `rows`, some of `rehearsed` among them, and keep the one with the best dev loss.
 
-    Returns (model in eval mode, training stats, the library's log history). The same call resumes from the
-    last checkpoint unless knobs or data (`data_hash`) changed; the caller removes `checkpoints` once it has
-    saved what it wants.
+    Returns (model in eval mode, training stats, the library's log history). `start(model)` may change the
+    adapter's first values. The same call resumes from the last checkpoint unless knobs or data (`data_hash`)
+    changed; the caller removes `checkpoints` once it has saved what it wants.
     """
     tokenizer = models.load_tokenizer(cfg.model)
     dev = task.encode(tokenizer, dev, cfg)
     drawn = random.Random(cfg.seed).sample(rows, min(len(rows), cfg.max_steps * cfg.batch_size))
-    examples = schedule(task.encode(tokenizer, drawn, cfg), cfg)
+    general = task.encode(tokenizer, rehearsed, replace(cfg, instruction="")) if rehearsed else []
+    examples = schedule(task.encode(tokenizer, drawn, cfg), cfg, general)
     model = load_model(cfg)
+    if start:
+        start(model)
 
     compute, per_process = models.arithmetic(cfg.precision, cfg.compute), training.per_process(cfg.batch_size)
     last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash])
@@ -225,7 +265,9 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
         most=64 if recorded else None)  # more rows in a graph are no faster
     recorded = recorded and not checkpointing
     stats = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-             "trained_rows": len(examples), "epochs": len(examples) / len(rows), "rows_per_pass": per_pass,
+             "trained_rows": len(examples), "epochs": len(examples) / len(rows),
+             "rehearsed_rows": len(rehearsed),
+             "rows_per_pass": per_pass,
              "gradient_checkpointing": checkpointing, "cuda_graphs": recorded,
              "processes": training.PROCESSES}
     results.FACTS["predicted_GiB"] = predicted["total"] / 2**30  # for the line that says it was not enough
@@ -312,7 +354,8 @@ def main(run):
     cfg, data = run.cfg, run.load("01_data")
     rows, dev = (results.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev"))
     checkpoints = run.folder / "checkpoints"
-    model, stats, history = train(cfg, rows, dev, checkpoints, results.result_hash(data), run.log)
+    model, stats, history = train(cfg, rows, dev, checkpoints, results.result_hash(data), run.log,
+                                  rehearsal(run, cfg))
     if not results.MAIN_PROCESS:
         return  # all have the same weights, and the first process saves them
     stats |= save(model, cfg, run.folder / "adapter", dev[:4])

@@ -53,7 +53,8 @@ def compared(name: str, before: dict[str, list[dict]], after: dict[str, list[dic
 
 
 def attribution(run, tokenizer, adapter: str, test: list[dict], before: list[dict], after: list[dict]):
-    """NLL rows on the same items for {as trained, unquantised} x {base, adapter}, and for the merged model.
+    """(NLL rows on the same items for {as trained, unquantised} x {base, adapter}, and for the merged model;
+    what the merged model forgot, as from task.forgetting).
 
     `before` and `after`: items of the base and the tuned model as trained. Unquantised is 16 bits, or 32
     where `compute` is fp32. The adapter is merged into that, because rounding to 4 bits could swamp it, and
@@ -71,6 +72,7 @@ def attribution(run, tokenizer, adapter: str, test: list[dict], before: list[dic
              f"{plain} + adapter": scored(model)}
     merged = model.merge_and_unload()
     items[f"{plain} merged"] = scored(merged)
+    forgot = task.forgetting(merged, tokenizer, run)
     merged.save_pretrained(run.folder / "merged")
     models.save_companions(merged, tokenizer, run.folder / "merged", examples)
 
@@ -81,7 +83,7 @@ def attribution(run, tokenizer, adapter: str, test: list[dict], before: list[dic
         minus = replace(task.NLL, name=f"minus_{cfg.precision}")
         rows += stats.delta_rows("attribution", name, reference, own, [minus])
     fairest = replace(task.NLL, name=f"minus_{plain}_base")
-    return rows + stats.delta_rows("attribution", f"{trained} + adapter", base, after, [fairest])
+    return rows + stats.delta_rows("attribution", f"{trained} + adapter", base, after, [fairest]), forgot
 
 
 def extremes(before: list[dict], after: list[dict], test: list[dict], k: int = 3) -> list[dict]:
@@ -122,6 +124,14 @@ def basket_rows(run, before: list[dict], after: list[dict]) -> list[dict]:
             for row, old, new in zip(task.basket.prompts(run), before, after)]
 
 
+def answers_changed(before: list[dict], after: list[dict]) -> list[dict]:
+    """The general questions that one model answered and the other did not, with both answers."""
+    asked = {row["id"]: row["prompt"] for row in task.manners.asked(0)}
+    return [{"table": "answers", "name": "gained" if new["kept"] else "lost", "prompt": asked[new["id"]],
+             "before": old["text"], "after": new["text"]}
+            for old, new in zip(before, after) if old["kept"] != new["kept"]]
+
+
 def main(run):
     cfg = run.cfg
     _, _, trained = (run.load(step) for step in ("01_data", "02_baseline", "03_train"))
@@ -142,20 +152,30 @@ def main(run):
     rows = [row for name, own in measured.items() for table, items in own.items()
             for row in stats.rows_of(table, name, items, tables.get(table, task.ACCURACY))]
     rows += compared("delta", stored["base"], after, tables)
-    for name in ("base 3-shot", f"{models.compute_name(cfg.compute)} base"):
+    plain = f"{models.compute_name(cfg.compute)} base"
+    for name in (plain, f"{plain} 3-shot"):
         rows += compared(f"tuned minus {name}", stored[name], after, tables)
-    head = next(row for row in rows if row["name"] == "delta")
+    # the headline: against whichever of them knows the held-out answers best
+    best = task.best_base(stored)
+    rows += stats.delta_rows("headline", f"tuned minus {best}", stored[best]["heldout"], after["heldout"],
+                             [task.NLL], clusters=task.subpackages(test))
+    head = rows[-1]
+    rows += answers_changed(stored[plain]["manners"], after["manners"])
     n = cfg.n_attribution
-    rows += attribution(
+    attributed, merged = attribution(
         run, tokenizer, adapter, test[:n], stored["base"]["heldout"][:n], after["heldout"][:n]
     )
+    rows += attributed + compared(f"merged minus {plain}", {t: stored[plain][t] for t in merged}, merged)
+    for table, items in merged.items():
+        rows += stats.rows_of(table, "merged", items, tables[table])
     examples = extremes(stored["base"]["heldout"], after["heldout"], test)
     results.write_atomic(run.folder / "examples.md", examples_page(examples, test))
     rows += examples + basket_rows(run, stored["base"]["basket"], after["basket"])
+    stats.holm(rows)
     card.write(run, trained, rows, "adapter", "merged")
     run.save(rows, artifacts=["items_tuned.json", "examples.md", "merged"])
-    run.log(delta_nll_per_token=head["value"], lo=head["lo"], hi=head["hi"], p=head["p"], n=head["n"],
-            verdict=head["verdict"])
+    run.log(headline=head["name"].replace(" ", "_"), nll_per_token=head["value"], lo=head["lo"],
+            hi=head["hi"], p=head["p"], n=head["n"], verdict=head["verdict"])
 
 
 if __name__ == "__main__":

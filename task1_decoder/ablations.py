@@ -32,6 +32,8 @@ from functools import partial
 from itertools import product
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from transformers import TrainerCallback
 
 from common import models, stats, training
@@ -58,14 +60,19 @@ PROFILES = {
         cost_rows="4 32 128",  # 128 show where arithmetic, not the launch of kernels, takes the time
     ),
 }
+LOFTQ = "LoftQ start"
 # name -> knobs changed; what 03 itself trained is the row they are compared with
 ROWS = {
     "bf16 LoRA": {"precision": "bf16"},  # QLoRA's claim: the same quality without the 4 bits
+    LOFTQ: {},  # A x B begin as the best approximation of what 4 bits lost, not as 0
+    "no rehearsal": {"rehearsal": 0.0},
+    "prompts of 160 tokens": {"max_prompt_tokens": 160},  # 80 cut three functions of four
     "seed 1": {"seed": 1},
     "seed 2": {"seed": 2},
     "rank 4": {"lora_r": 4, "lora_alpha": 8},
     "LoRA on attention only": {"target_modules": r".*(attn|attention)\..*"},
 }
+SEEDS = ("as in 03", "seed 1", "seed 2")
 COST = "cost"  # the table of that name
 SHOWN = ("trainable_parameters", "dev_nll_best", "steps", "tokens_per_second")
 
@@ -74,13 +81,36 @@ def silent(**values):
     """No line per step: there would be hundreds."""
 
 
-def train_row(folder: Path, cfg, data_hash: str, rows, dev, test) -> dict:
-    """{"items" (NLL of each held-out row), "stats"} of one training."""
-    model, trained, _ = script.train(cfg, rows, dev, folder / "checkpoints", data_hash, silent)
+@torch.no_grad()
+def loftq(cfg, model) -> None:
+    """Start LoRA at what 4 bits have lost of each layer, by the best approximation of its rank (LoftQ, Li et
+    al. 2023, arXiv:2310.08659, one iteration). PEFT's own needs CUDA and leaves out alpha / r."""
+    whole = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            lost = whole.get_submodule(name).weight.float() - dequantize_module_weight(layer.base_layer)
+            rank, scale = layer.r["default"], layer.scaling["default"]
+            u, s, v = torch.svd_lowrank(lost.float(), q=2 * rank, niter=4)
+            root = (s[:rank] / scale).sqrt()
+            layer.lora_B["default"].weight.copy_(u[:, :rank] * root)
+            layer.lora_A["default"].weight.copy_((v[:, :rank] * root).T)
+
+
+def train_row(run, name: str, cfg, data_hash: str, rows, dev, test) -> dict:
+    """{"items" {table: items}, "stats"} of one training: the held-out NLL, and what was forgotten."""
+    checkpoints = run.folder / "ablations" / slug(name) / "checkpoints"
+    start, rehearsed = partial(loftq, cfg) if name == LOFTQ else None, script.rehearsal(run, cfg)
+    model, trained, _ = script.train(cfg, rows, dev, checkpoints, data_hash, silent, rehearsed, start)
     tokenizer = models.load_tokenizer(cfg.model)
-    items = scoring.score_answers(model, tokenizer, task.encode(tokenizer, test, cfg), cfg.eval_batch_size)
-    training.remove(folder / "checkpoints")
+    examples = task.encode(tokenizer, test, cfg)
+    items = {"heldout": scoring.score_answers(model, tokenizer, examples, cfg.eval_batch_size),
+             **task.forgetting(model, tokenizer, run)}
+    training.remove(checkpoints)
     return {"items": items, "stats": trained}
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
 
 
 class Clock(TrainerCallback):
@@ -137,26 +167,35 @@ def main(run):
         table = results.cached(run.folder / "ablations" / "cost.json", given,
                                lambda: {"rows": cost_rows(run, stored, rows, dev)})["rows"]
 
-    base = json.loads(run.artifact("02_baseline", "items_base.json").read_text())["base"]["heldout"]
+    bases = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
+    plain, best = bases[f"{models.compute_name(cfg.compute)} base"], bases[task.best_base(bases)]["heldout"]
     as_in_03 = {
-        "items": json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["heldout"],
+        "items": json.loads(run.artifact("04_eval", "items_tuned.json").read_text()),
         "stats": {row["metric"]: row["value"] for row in trained["rows"] if row["table"] == "training"},
     }
     done = {"as in 03": as_in_03}
     for name in [name for name in names if name != COST]:
-        folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
         changed = results.config_of(script.Config, stored, **ROWS[name])
-        done[name] = results.cached(folder / "row.json", [vars(changed), data_hash],
-                                    partial(train_row, folder, changed, data_hash, rows, dev, test))
+        path = run.folder / "ablations" / slug(name) / "row.json"
+        done[name] = results.cached(path, [name, vars(changed), data_hash], partial(
+            train_row, run, name, changed, data_hash, rows, dev, test))
         gc.collect()
         run.log(row=name.replace(" ", "_"), dev_nll=done[name]["stats"]["dev_nll_best"])
     for name, row in done.items():
-        table += stats.rows_of("ablation", name, row["items"], [task.NLL])
-        table += stats.delta_rows("ablation minus base", name, base, row["items"], [task.NLL])
-        if name != "as in 03":
-            table += stats.delta_rows("ablation minus 03", name, as_in_03["items"], row["items"], [task.NLL])
+        for kind, base in (("heldout", best), ("general", plain["general"]), ("manners", plain["manners"])):
+            metrics, items = task.TABLES[kind][:1], row["items"][kind]
+            table += stats.rows_of("ablation", name, items, metrics, kind=kind)
+            table += stats.delta_rows("ablation minus base", name, base, items, metrics, kind=kind)
+            if name != "as in 03":
+                table += stats.delta_rows("ablation minus 03", name, as_in_03["items"][kind], items, metrics,
+                                          kind=kind)
         table += [{"table": "ablation facts", "name": name, "metric": metric, "value": row["stats"][metric]}
                   for metric in SHOWN]
+    stats.holm(table)
+    for kind in ("heldout", "general", "manners"):  # the differences of 04 in every seed
+        seeds = [row for name in SEEDS for row in table if row.get("kind") == kind
+                 and (row["table"], row["name"]) == ("ablation minus base", name)]
+        table += [stats.over_seeds("over seeds", seeds) | {"kind": kind}] if len(seeds) > 1 else []
     run.save(table)
 
 

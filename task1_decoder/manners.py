@@ -5,7 +5,13 @@ the prompt must not pass it, nor an answer like "Fruit." to "List three fruits."
 """
 
 import re
+from pathlib import Path
 
+from common import results
+
+QUESTIONS = Path(__file__).with_name("manners.jsonl")
+REHEARSED = Path(__file__).with_name("rehearsal.jsonl")  # other questions, for 03 to train on
+MOST_TOKENS = 48  # of an answer: a list of five items has 30
 NUMBERS = ["zero|ноль", "one|один", "two|два|две", "three|три", "four|четыре", "five|пять", "six|шесть",
            "seven|семь", "eight|восемь", "nine|девять", "ten|десять", "eleven|одиннадцать",
            "twelve|двенадцать"]
@@ -13,6 +19,13 @@ LETTERS = {"cyrillic": "[а-яё]", "latin": "[a-z]"}
 LINE = r"^\s*(?:[-*•]|\d+[.)])\s+(.+)"  # of a list
 COMMA = r"^[^,]*(?:\bare\b|:)|[,\n]|\b(?:and|и)\b"  # what stands between items, or introduces them
 CUT = 20  # words without an end: the limit of tokens has cut the answer
+
+
+def asked(n: int) -> list[dict]:
+    """n of the questions, spread over both languages, 0 = all: {"id", "prompt", "completion": "", "check"}.
+    """
+    rows = results.read_rows(QUESTIONS)
+    return [row | {"completion": ""} for row in rows[::len(rows) // n if n else 1][:n or None]]
 
 
 def listed(text: str) -> int:

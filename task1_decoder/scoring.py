@@ -22,13 +22,13 @@ HEAD_CHUNK = 512  # answer tokens per application of the head: 512 x 49,152 floa
 
 @torch.inference_mode()
 def score_answers(model, tokenizer, examples: list[dict], batch_size: int,
-                  max_new_tokens: int = 0) -> list[dict]:
+                  max_new_tokens: int = 0, sample: bool = False) -> list[dict]:
     """Scores of encoded examples (see task.Prompt.encode), in their order.
 
     Each is {"id", "nats", "tokens", "correct"}: the negative log-likelihood of the answer, its number of
     tokens, and how many of them are the most probable one; logits in float32. With `max_new_tokens` also a
     greedy continuation of the prompt, {"text", "stopped", "new_tokens"}: `stopped` says that the model
-    ended it itself.
+    ended it itself. With `sample` it is drawn from the model's probabilities instead.
     """
     stops = models.stop_ids(model, tokenizer, examples)
     prompts = [example["prompt"] for example in examples]
@@ -45,7 +45,7 @@ def score_answers(model, tokenizer, examples: list[dict], batch_size: int,
         for i, row, match in zip(batch, logprobs, matches):
             items[i] = {"id": examples[i]["id"], "nats": -sum(row), "tokens": len(row), "correct": sum(match)}
         if max_new_tokens:
-            for i, new in zip(batch, reader.generate(max_new_tokens, stops)):
+            for i, new in zip(batch, reader.generate(max_new_tokens, stops, sample)):
                 length = next((k for k, token in enumerate(new) if token in stops), None)
                 text = tokenizer.decode(new[:length], skip_special_tokens=True).strip()
                 items[i] |= {"text": text, "stopped": length is not None, "new_tokens": len(new[:length])}
@@ -128,12 +128,14 @@ class Reader:
         return [[part.tolist() for part in torch.cat(chunks).split(sizes)]
                 for chunks in (logprobs, greedy_match)]
 
-    def generate(self, max_new_tokens: int, stops: list[int]) -> list[list[int]]:
-        """Greedy continuation of each prompt of the last prefill(), up to and with the first of `stops`."""
+    def generate(self, max_new_tokens: int, stops: list[int], sample: bool = False) -> list[list[int]]:
+        """Greedy (or sampled) continuation of each prompt of the last prefill(), up to and with the first of
+        `stops`."""
         columns = self.ids.shape[1]
         # drops the continuations; the last prompt token is computed again
         self.cache.crop(columns - 1 - self.cache.get_seq_length())
         with models.greedy(self.model, self.pad, stops):
-            ids = self.model.generate(input_ids=self.ids, attention_mask=self.mask, do_sample=False,
-                                      past_key_values=self.cache, max_new_tokens=max_new_tokens)
+            ids = self.model.generate(input_ids=self.ids, attention_mask=self.mask, do_sample=sample,
+                                      past_key_values=self.cache, max_new_tokens=max_new_tokens,
+                                      **{"top_k": 0} if sample else {})
         return ids[:, columns:].tolist()

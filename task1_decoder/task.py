@@ -18,7 +18,7 @@ import torch
 from common import models, results
 from common.corpus import normalise
 from common.stats import Metric
-from task1_decoder import basket, scoring
+from task1_decoder import basket, manners, scoring
 
 CORPUS_INSTRUCTION = "Describe what this Python function does in one sentence."
 
@@ -70,6 +70,9 @@ class Config:
     n_benchmark: int = 100
     # Passages of general English (128 tokens each), on which forgetting is measured.
     n_general: int = 48
+    # General questions of ours (manners.jsonl), 0 = all 106: does the tuned model still answer them? All took
+    # 25 s a model on 2 cores.
+    n_manners: int = 0
 
 
 # What differs by profile; a script's own PROFILES come on top.
@@ -77,6 +80,7 @@ PROFILES = {
     "smoke": dict(
         n_benchmark=4,
         n_general=4,
+        n_manners=6,
         max_new_tokens=12,
         eval_batch_size=8,
     ),
@@ -125,6 +129,7 @@ TABLES = {
     "heldout": METRICS,
     "basket": [m for m in METRICS if m.name in ("stopped", "new_tokens", "repetition", "copied")],
     "general": [m for m in METRICS if m.name in ("nll_per_token", "bits_per_byte")],
+    "manners": [Metric("kept", "general questions answered", "kept", better="higher", binary=True)],
 }
 
 
@@ -303,6 +308,18 @@ def score(model, tokenizer, rows: list[dict], cfg: Config, trained: set[str], sh
             | text_scores(item["text"], row["completion"], trained) for row, item in zip(rows, items)]
 
 
+def best_base(measured: dict[str, dict]) -> str:
+    """Which of the untrained models {name: {table: items}} has the lowest NLL on the held-out rows."""
+    return min((name for name in measured if "heldout" in measured[name]),
+               key=lambda name: nll(measured[name]["heldout"]))
+
+
+def subpackages(rows: list[dict]) -> list[str] | None:
+    """The subpackage or module of each row of the corpus (networkx.algorithms.bipartite): functions of one
+    resemble each other. None for own data."""
+    return [".".join(row["name"].split(".")[:3]) for row in rows] if rows[0]["package"] != "own" else None
+
+
 def shots_of(run) -> list[tuple[str, str]]:
     """Worked examples for the few-shot baseline: SHOTS, or for own data its first three training rows, chats
     with all their turns."""
@@ -331,34 +348,49 @@ def tables_of(run) -> dict[str, list[Metric]]:
         for name, higher in own.higher_is_better().items()]}
 
 
-def measure(model, tokenizer, run, general_only: bool = False) -> dict[str, list[dict]]:
-    """Scored items of each table that 02 and 04 compare: heldout, basket, general, and one per benchmark.
-
-    With `general_only` the last two, which show what was forgotten.
+def forgetting(model, tokenizer, run) -> dict[str, list[dict]]:
+    """Scored items of "general", plain English, and of "manners", questions with answers that a rule checks.
     """
     from task1_decoder import harness  # here, because lm-eval takes seconds to import and 03 does without
-    cfg, tables, measured = run.cfg, tables_of(run), {}
-    if cfg.n_benchmark == 1:
-        raise SystemExit("n_benchmark=1: an interval needs two items at least; 0 takes all")
-    if not general_only:
-        trained = trained_texts(run)
-        test = results.read_rows(run.artifact("01_data", "test.jsonl"))
-        measured["heldout"] = score(model, tokenizer, test, cfg, trained)
-        run.log(measured="heldout", n=len(test), nll_per_token=nll(measured["heldout"]))
-        # the run's instruction stands before what the fine-tuning teaches, none before the rest
-        asked, longer = basket.prompts(run), replace(cfg, max_prompt_tokens=512)
-        taught = [row for row in asked if row["taught"]]
-        rest = [row for row in asked if not row["taught"]]
-        measured["basket"] = score(model, tokenizer, taught, longer, trained)
-        measured["basket"] += score(model, tokenizer, rest, replace(longer, instruction=""), trained)
-
+    cfg = run.cfg
     plain = Prompt(tokenizer, replace(cfg, instruction="", max_completion_tokens=128), style="plain")
     # the first token has to be predicted from something
     plain.head = models.first_ids(tokenizer) or [tokenizer.eos_token_id]
     passages = [plain.encode(row) for row in harness.general_text(cfg.n_general)]
     items = scoring.score_answers(model, tokenizer, passages, cfg.eval_batch_size)
     texts = [tokenizer.decode(passage["answer"], skip_special_tokens=True) for passage in passages]
-    measured["general"] = [{**item, "bytes": len(text.encode())} for item, text in zip(items, texts)]
+    general = [{**item, "bytes": len(text.encode())} for item, text in zip(items, texts)]
+
+    run.track(manners.QUESTIONS)
+    asked = manners.asked(cfg.n_manners)
+    questions = encode(tokenizer, asked, replace(cfg, instruction=""))
+    answers = scoring.score_answers(model, tokenizer, questions, cfg.eval_batch_size, manners.MOST_TOKENS)
+    return {"general": general, "manners": [
+        {"id": row["id"], "text": item["text"], "kept": int(manners.keeps(row["check"], item["text"]))}
+        for row, item in zip(asked, answers)]}
+
+
+def measure(model, tokenizer, run) -> dict[str, list[dict]]:
+    """Scored items of each table that 02 and 04 compare: heldout, basket, general, manners, and one per
+    benchmark.
+    """
+    from task1_decoder import harness
+    cfg, tables, measured = run.cfg, tables_of(run), {}
+    if cfg.n_benchmark == 1:
+        raise SystemExit("n_benchmark=1: an interval needs two items at least; 0 takes all")
+    trained = trained_texts(run)
+    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
+    measured["heldout"] = score(model, tokenizer, test, cfg, trained)
+    run.log(measured="heldout", n=len(test), nll_per_token=nll(measured["heldout"]))
+    # the run's instruction stands before what the fine-tuning teaches, none before the rest
+    prompts, longer = basket.prompts(run), replace(cfg, max_prompt_tokens=512)
+    taught = [row for row in prompts if row["taught"]]
+    rest = [row for row in prompts if not row["taught"]]
+    measured["basket"] = score(model, tokenizer, taught, longer, trained)
+    measured["basket"] += score(model, tokenizer, rest, replace(longer, instruction=""), trained)
+    measured |= forgetting(model, tokenizer, run)
+    run.log(measured="general", nll_per_token=nll(measured["general"]),
+            answered=sum(item["kept"] for item in measured["manners"]), questions=len(measured["manners"]))
 
     choice, chat = run.artifact("01_data", "choice.jsonl"), Prompt(tokenizer, cfg)
     # those questions that the template has written; lm-eval takes white space off their ends

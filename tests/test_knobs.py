@@ -154,7 +154,7 @@ def test_all_steps_of_task_1_load_the_same_base(name, monkeypatch, tmp_path):
         monkeypatch.setattr(results, "read_rows", lambda path: [])
         if step == "03_train":
             monkeypatch.setattr(script.task, "encode", lambda *arguments: [])
-            monkeypatch.setattr(script, "schedule", lambda examples, cfg: [])
+            monkeypatch.setattr(script, "schedule", lambda *_: [])
             with pytest.raises(Stop):
                 script.train(config("task1_decoder", step, settings), [], [], tmp_path, "", None)
             continue
@@ -224,7 +224,7 @@ SEEN_ELSEWHERE = {
     "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "n_benchmark", "n_general", "memory_gib",
     "rows_per_pass", "bucket", "same_package", "query_prompt", "document_prompt", "eval_batch_size", "terms",
     "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1", "texts_c2", "lr_rows",
-    "batch_size", "cuda_graphs", "liger",
+    "batch_size", "cuda_graphs", "liger", "rehearsal", "n_manners",
 }
 ROWS = [
     {"id": f"r{i}", "prompt": f"question {i}", "completion": f"answer {i}", "anchor": f"anchor {i}",

@@ -138,7 +138,7 @@ def plain_decoder(folder, **more):
 
 def plain_ids(tokenizer, row: dict, shots=(), instruction: str = INSTRUCTION) -> tuple[list[int], list[int]]:
     """(prompt, answer with EOS) of a row by the model's own chat template, all of it in one text."""
-    turns = [{"role": "system", "content": instruction}]
+    turns = [{"role": "system", "content": instruction}] if instruction else []
     for shot in shots:
         turns += [{"role": "user", "content": shot["prompt"]},
                   {"role": "assistant", "content": shot["completion"]}]
@@ -178,7 +178,9 @@ def test_task_1_trains_what_a_plain_loop_trains(tiny_model_folder, tokenizer, tm
     rows = decoder_rows(24)
     rows, dev, nll = rows[:20], rows[20:], task1.nll
     monkeypatch.setattr(task1, "nll", lambda items: 20 - nll(items))  # else the best would be the last
-    model, _, history = train1.train(cfg, rows, dev, tmp_path, "", silent)
+    general = {"id": "general", "prompt": "What is a river?", "completion": "Water that flows to the sea."}
+    model, stats, history = train1.train(cfg, rows, dev, tmp_path, "", silent, [general])
+    assert stats["rehearsed_rows"] == 1
 
     plain = plain_decoder(tiny_model_folder)
     set_seed(3)
@@ -186,7 +188,10 @@ def test_task_1_trains_what_a_plain_loop_trains(tiny_model_folder, tokenizer, tm
         "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]))
     drawn = [plain_ids(tokenizer, row) for row in random.Random(3).sample(rows, 16)]
     rng = random.Random(3)
-    by_length = sorted(rng.sample(drawn, 16), key=lambda pair: len(pair[0]) + len(pair[1]))
+    mixed = rng.sample(drawn, 16)[:15]
+    (place,) = rng.sample(range(16), 1)
+    mixed.insert(place, plain_ids(tokenizer, general, instruction=""))
+    by_length = sorted(mixed, key=lambda pair: len(pair[0]) + len(pair[1]))
     batches = [by_length[i:i + 4] for i in range(0, 16, 4)]
     rng.shuffle(batches)
 
@@ -249,11 +254,13 @@ def headline(items: list[dict], rows: list[dict]) -> dict[str, float]:
             "token_accuracy": total(items, "correct") / tokens}
 
 
-def test_task_1_measures_the_base_without_and_with_examples(steps1, plain_nf4, tokenizer):
+def test_task_1_measures_the_base_without_and_with_examples(steps1, plain_nf4, tiny_model_folder, tokenizer):
     """On the rows of test.jsonl, which is what 02 calls held-out; bits per byte of Cyrillic text."""
     rows, test, train = steps1.rows("02_baseline"), steps1.read("test.jsonl"), steps1.read("train.jsonl")
-    for name, shots in (("base", ()), ("base 3-shot", train[:3])):
-        items = plain_items(plain_nf4, [plain_ids(tokenizer, row, shots) for row in test])
+    plain = plain_decoder(tiny_model_folder).eval()
+    for name, model, shots in (("base", plain_nf4, ()), ("fp32 base", plain, ()),
+                               ("fp32 base 3-shot", plain, train[:3])):
+        items = plain_items(model, [plain_ids(tokenizer, row, shots) for row in test])
         stored = steps1.read("items_base.json")[name]["heldout"]
         assert [item["id"] for item in stored] == [row["id"] for row in test]
         assert [item["nats"] for item in stored] == pytest.approx([i["nats"] for i in items], rel=1e-4)
@@ -306,6 +313,17 @@ def test_task_1_compares_the_tuned_model_with_the_base(steps1, plain_nf4, tiny_m
              if (table, metric) == ("attribution", "nll_per_token")}
     assert shown == pytest.approx({name: total(items, "nats") / total(items, "tokens")
                                    for name, items in scored.items()}, rel=2e-4)
+    # the headline is judged against the base that knows the answers best
+    (name, head), = ((name, row) for (table, name, _), row in rows.items() if table == "headline")
+    stored = steps1.rows("02_baseline")
+    bases = {base: stored["heldout", base, "nll_per_token"]["value"]
+             for base in ("base", "fp32 base", "fp32 base 3-shot")}
+    assert name == f"tuned minus {min(bases, key=bases.get)}"
+    assert head["value"] == pytest.approx(after["nll_per_token"] - min(bases.values()), rel=2e-3)
+    # Holm over all verdicts of the file
+    judged = [row for row in rows.values() if row.get("verdict")]
+    least = min(judged, key=lambda row: row["p"])
+    assert least["p_holm"] == pytest.approx(min(1, least["p"] * len(judged)))
 
 
 def test_an_evaluation_that_finds_no_change_is_refused(steps1):

@@ -116,6 +116,48 @@ def test_a_metric_without_a_direction_has_no_verdict():
     assert row["verdict"] is None and row["better"] is None
 
 
+def test_holm_counts_the_verdicts_of_a_file():
+    """p of 0.02, 0.001, 0.03 and 0.9: times 4, 3, 2 and 1 in rising order, and never falling: 0.004, 0.06,
+    0.06, 0.9. A row without verdict is not counted."""
+    def judged(p):
+        return {"value": 1.0, "lo": 0.5, "hi": 1.5, "p": p, "better": "higher", "verdict": "improved"}
+    rows = [*map(judged, (0.02, 0.001, 0.03, 0.9)), {"value": 1, "p": 1e-9, "verdict": None}]
+    assert stats.holm(rows) is rows
+    assert [row["p_holm"] for row in rows[:4]] == pytest.approx([0.06, 0.004, 0.06, 0.9])
+    assert [row["verdict"] for row in rows[:4]] == [
+        "no difference shown", "improved", "no difference shown", "no difference shown"]
+    assert "p_holm" not in rows[4]
+
+
+def test_clusters_are_drawn_whole():
+    """Items of a cluster are copies of one: the interval over items is too narrow by the root of their
+    number, 10, and that over clusters is the interval over one item of each."""
+    values = np.random.default_rng(0).normal(size=40)
+    items = [{"id": i, "nats": value, "tokens": 1} for i, value in enumerate(np.repeat(values, 10))]
+    zero = [item | {"nats": 0.0} for item in items]
+    (row,) = stats.delta_rows("x", "delta", zero, items, [NLL], clusters=[i // 10 for i in range(400)])
+    alone = stats.paired_delta(np.zeros(40), values)
+    assert row["clusters"] == 40
+    assert (row["cluster_lo"], row["cluster_hi"]) == pytest.approx((alone["lo"], alone["hi"]))
+    width = (row["cluster_hi"] - row["cluster_lo"]) / (row["hi"] - row["lo"])
+    assert width == pytest.approx(10**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(("values", "word"), [((1.0, 1.1, 0.9), "improved"),
+                                              ((1.0, 0.1, 0.4), "no difference shown"),
+                                              ((1.0, -1.2, -1.1), "no difference shown")])
+def test_a_verdict_over_seeds_needs_an_effect_that_seeds_do_not_change(values, word):
+    """Student's t with two degrees of freedom: 4.303 standard errors on both sides of the mean."""
+    rows = [{"name": "n", "metric": "m", "label": "l", "better": "higher", "verdict": "improved",
+             "value": value} for value in values]
+    row = stats.over_seeds("over seeds", rows)
+    assert row["seed_verdict"] == word and row["n"] == 3
+    half = 4.30265 * np.std(values, ddof=1) / 3**0.5
+    mean = np.mean(values)
+    assert (row["value"], row["lo"], row["hi"]) == pytest.approx((mean, mean - half, mean + half), rel=1e-4)
+    assert (row["least"], row["most"]) == (min(values), max(values))
+
+
 def test_items_that_are_not_the_same_are_never_compared():
     with pytest.raises(ValueError, match="not measured on the same items"):
         stats.delta_rows("x", "delta", ITEMS, ITEMS[::-1], [NLL])

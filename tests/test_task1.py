@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from common import results, stats
-from task1_decoder import basket, scoring, task
+from task1_decoder import basket, manners, scoring, task
 from tests.decoders import with_tokenizer
 
 CFG = task.Config()
@@ -26,6 +26,47 @@ data, train, evaluate = (
 
 def silent(**values):
     pass
+
+
+def numbered(n: int, kind: str) -> list[dict]:
+    return [{"id": f"{kind}{i}", "prompt": [0] * (1 + i % 7), "answer": [1]} for i in range(n)]
+
+
+def test_rehearsed_rows_are_spread_over_the_training_and_take_the_place_of_others():
+    cfg = train.Config(max_steps=10, batch_size=4, bucket=2)
+    rows, general = numbered(30, "own"), numbered(5, "general")
+    ids = [example["id"] for example in train.schedule(rows, cfg, general)]
+    assert len(ids) == 40 and {f"general{i}" for i in range(5)} < set(ids)
+    assert sum(name.startswith("general") for name in ids) == 5
+    assert {row["id"] for row in rows} < set(ids)  # one epoch and five rows of the next
+    assert 0 < sum(name.startswith("general") for name in ids[:20]) < 5
+
+
+def test_rehearsal_is_the_base_s_own_answers_drawn_by_seed(tiny_model_folder, tmp_path):
+    """As many as the share says; the same seed draws the same, another one others."""
+    def rehearsed(**knobs):
+        cfg = train.Config(model=str(tiny_model_folder), compute="fp32", max_steps=5, batch_size=8,
+                           max_completion_tokens=6, **knobs)
+        for file in tmp_path.glob("*.json"):
+            file.unlink()
+        return train.rehearsal(SimpleNamespace(folder=tmp_path, track=silent_path), cfg)
+    def silent_path(path):
+        assert path == manners.REHEARSED
+    rows = rehearsed(rehearsal=0.1)
+    prompts = {row["prompt"] for row in results.read_rows(manners.REHEARSED)}
+    assert len(rows) == 4 and {row["prompt"] for row in rows} < prompts
+    assert rehearsed(rehearsal=0.1) == rows and rehearsed(rehearsal=0.1, seed=1) != rows
+    assert rehearsed(rehearsal=0.0) == []
+
+
+def test_a_base_is_chosen_by_its_held_out_likelihood():
+    def measured(nats):
+        return {"heldout": [{"nats": nats, "tokens": 2}], "general": []}
+    assert task.best_base({"a": measured(3), "b": measured(2), "c": measured(4)}) == "b"
+    names = [{"name": "networkx.algorithms.cycles.simple_cycles", "package": "networkx"},
+             {"name": "sklearn.base.clone", "package": "sklearn"}]
+    assert task.subpackages(names) == ["networkx.algorithms.cycles", "sklearn.base.clone"]
+    assert task.subpackages([{"name": "row 1", "package": "own"}]) is None
 
 
 def scored(model, tokenizer, rows, batch_size=40, **more):
