@@ -131,6 +131,7 @@ def main(run):
     examples = extremes(before["pool"], after["pool"], test)
     results.write_atomic(run.folder / "examples.md", examples_text(examples, test))
     results.write_atomic(run.folder / "items_tuned.json", json.dumps(after))
+    stats.holm(rows)
     card.write(run, trained, rows, "adapter", "merged")
     run.save(rows + examples, artifacts=["items_tuned.json", "examples.md"])
     mrr = tables["pool"][0]

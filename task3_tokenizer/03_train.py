@@ -36,7 +36,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from common import models, training
-from task3_tokenizer import embeddings, task, windows
+from task3_tokenizer import distil, embeddings, task, windows
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def arms(lexicon: task.Lexicon) -> list[Arm]:
 
 # ----------------------------------------------------------------------------------------------- one stage
 
-def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
-    """The model before training: untied unless cfg.tied, resized to the tokenizer, new rows initialised.
-    Saved in `target`; returns its stats."""
+def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict], texts: list[dict] = ()) -> dict:
+    """The model before training: untied unless cfg.tied, resized to the tokenizer, new rows initialised, with
+    the windows `texts` if they are distilled. Saved in `target`; returns its stats."""
     model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
     tied = model.config.tie_word_embeddings
     if cfg.tied and not tied:
@@ -169,6 +169,10 @@ def save_untrained(cfg, arm: Arm, target: Path, dev: list[dict]) -> dict:
     model.resize_token_embeddings(max(now, len(arm.tokenizer)), mean_resizing=False)
     if arm.pieces_of:
         embeddings.initialise(model, arm.pieces_of, cfg.init, cfg.seed)
+        if cfg.init == "distilled":
+            set_seed(cfg.seed)
+            distil.fit(model, arm.ids, texts, models.load_tokenizer(cfg.model), arm.tokenizer,
+                       models.compute_name(cfg.compute))
     return save(cfg, arm, target, model, dev)
 
 
@@ -276,7 +280,8 @@ def train(cfg, arm: Arm, folder: Path, texts: list[dict], dev: list[dict], made_
     batch_size = min(cfg.batch_size, len(windows.by_term(texts)))
     plan = stages(cfg, batch_size)
     parts = windows.split_into_stages(texts, {name: stage.texts for name, stage in plan.items()})
-    jobs = {"init": partial(save_untrained, cfg, arm, folder / "init", dev)}
+    first = windows.interleave_terms(parts["a"], cfg.seed, batch_size)
+    jobs = {"init": partial(save_untrained, cfg, arm, folder / "init", dev, first)}
     source, seed = folder / "init", cfg.seed
     for name, stage in plan.items():
         ordered = windows.interleave_terms(parts[name], seed, batch_size)

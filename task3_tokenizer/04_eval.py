@@ -125,6 +125,7 @@ def main(run):
     table += term_rows(lexicon, rows, items, old_pieces, cosines, definitions)
 
     results.write_atomic(run.folder / "items.json", json.dumps(items))
+    stats.holm(table)
     card.write(run, made, table, f"new/{LAST}")
     run.save(table, artifacts=["items.json"])
     key = ("minus control: term windows", f"new {LAST}")

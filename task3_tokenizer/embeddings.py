@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-INITS = ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces")
+INITS = ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces",
+         "distilled")
 
 
 def both(model) -> tuple[nn.Module, nn.Module]:
@@ -38,7 +39,7 @@ def initial(matrix: torch.Tensor, pieces: list[list[int]], method: str, side: st
     dimension; "vocabulary mean" (Hewitt 2021; all rows equal); "last and first piece": the last for the
     input, where a causal model has read the whole word, the first for the output, which has to be predicted
     first; "weighted pieces": means with weights exp(2k) and exp(-2k), between the two (AdaptiVocab, Nakash et
-    al. 2025). ValueError for another method.
+    al. 2025); "distilled": as the mean, from which distil.py goes on. ValueError for another method.
     """
     matrix = matrix.detach().float()
     if method == "random":
@@ -47,7 +48,7 @@ def initial(matrix: torch.Tensor, pieces: list[list[int]], method: str, side: st
         return matrix.mean(0) + matrix.std(0) * noise
     if method == "vocabulary mean":
         return matrix.mean(0).repeat(len(pieces), 1)
-    if method == "mean of pieces":
+    if method in ("mean of pieces", "distilled"):
         return torch.stack([matrix[ids].mean(0) for ids in pieces])
     if method == "last and first piece":
         return torch.stack([matrix[ids[-1 if side == "input" else 0]] for ids in pieces])

@@ -79,6 +79,8 @@ TERM_BITS = Metric("term_bits", "bits per occurrence of a term", "term_nats", sc
 METRICS = [
     Metric("bits_per_byte", "bits per byte of text", "nats", "bytes", BITS, "lower"),
     TERM_BITS,
+    Metric("detection_bits", "of these: some new token comes here", "detection_nats", scale=BITS),
+    Metric("identification_bits", "of these: which new token", "identification_nats", scale=BITS),
     Metric("after_bits_per_byte", "bits per byte after a term", "after_nats", "after_bytes", BITS, "lower"),
     Metric("reciprocal_rank", "reciprocal rank of the term's first token", "reciprocal_rank"),
     Metric("tokens_per_byte", "tokens per byte of text", "tokens", "bytes"),
@@ -183,7 +185,9 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_
     Items have id (of the text), nats, tokens and bytes (UTF-8). With `new_ids` also mass, their probability
     summed over the positions where none of them comes. For a row with a term also term_nats, rank and
     reciprocal_rank (of the term's first token; 1 = most probable) and, if text follows the term, after_nats
-    and after_bytes.
+    and after_bytes. If the term is one of `new_ids`, its nats are the sum of detection_nats, of the
+    probability that any of them comes, and identification_nats, of its share of that: log(n) for a guess
+    among n.
     """
     encoded = [encode(tokenizer, row, term_tokenizer) for row in rows]
     decoder, first, items = model.get_decoder(), start_ids(tokenizer), [{}] * len(rows)
@@ -193,13 +197,13 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_
         inputs = padded([[*first, *encoded[i][0]] for i in batch], tokenizer.pad_token_id).to(model.device)
         real = inputs["attention_mask"][:, len(first):].bool()
         hidden = decoder(**inputs, use_cache=False).last_hidden_state[:, len(first) - 1:-1][real]
-        labels, nats, ranks, masses = inputs["input_ids"][:, len(first):][real], [], [], []
+        labels, nats, ranks, masses = inputs["input_ids"][:, len(first):][real], [], [], []  # masses: logs
         for states, label in zip(hidden.split(512), labels.split(512)):  # 512 x 49,152 logits are 100 MB
             logits = models.logits_of(model, states)
             total, own = logits.logsumexp(1), logits.gather(1, label[:, None])
             nats += (total - own[:, 0]).tolist()
             ranks += (1 + (logits > own).sum(1)).tolist()
-            masses += ((logits[:, new].logsumexp(1) - total).exp() * ~torch.isin(label, new)).tolist()
+            masses += (logits[:, new].logsumexp(1) - total).tolist() if len(new) else []
         start = 0
         for i in batch:
             (ids, place), text, end = encoded[i], rows[i]["text"], start + len(encoded[i][0])
@@ -207,9 +211,14 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_
             items[i] = {"id": hashlib.sha256(text.encode()).hexdigest()[:16], "nats": sum(own),
                         "tokens": len(ids), "bytes": len(text.encode())}
             if len(new):
-                items[i]["mass"] = sum(masses[start:end])
+                items[i]["mass"] = sum(math.exp(mass) for mass, label in zip(masses[start:end], ids)
+                                       if label not in new_ids)
             if place:
                 rank, after = ranks[start + place[0]], len(text[rows[i]["end"]:].encode())
+                if ids[place[0]] in new_ids:
+                    detection = -masses[start + place[0]]
+                    items[i] |= {"detection_nats": detection,
+                                 "identification_nats": own[place[0]] - detection}
                 items[i] |= {"term_nats": sum(own[slice(*place)]), "rank": rank, "reciprocal_rank": 1 / rank}
                 items[i] |= {"after_nats": sum(own[place[1]:]), "after_bytes": after} if after else {}
             start = end

@@ -702,7 +702,8 @@ def test_task_3_refuses_an_arm_that_did_not_change(evaluated3, model, start):
 LOWER = {"nll_per_token", "bits_per_byte", "repetition", "copied", "term_bits", "after_bits_per_byte"}
 HIGHER = {"token_accuracy", "chrf", "rouge_l", "stopped", "acc", "acc_norm", "mrr@10", "ndcg@10", "map@10",
           "recall@1", "recall@5", "recall@10", "accuracy", "contrast"}
-NEITHER = {"new_tokens", "reciprocal_rank", "tokens_per_byte", "new_token_mass", "anchors", "negatives"}
+NEITHER = {"new_tokens", "reciprocal_rank", "tokens_per_byte", "new_token_mass", "anchors", "negatives",
+           "detection_bits", "identification_bits"}
 
 
 def test_every_metric_has_the_direction_that_is_better():

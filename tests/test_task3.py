@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import models, results, stats
-from task3_tokenizer import embeddings, task, vocabulary, windows
+from task3_tokenizer import distil, embeddings, task, vocabulary, windows
 
 training = importlib.import_module("task3_tokenizer.03_train")
 TERMS = ["NetworkX", "undirected", "крипта"]
@@ -181,6 +181,26 @@ def test_rows_are_written_in_the_order_of_the_ids_given(untied):
     assert learnt[0][:, 0].tolist() == [12, 10, 11] and learnt[1][:, 0].tolist() == [22, 20, 21]
 
 
+def test_distilled_rows_are_read_as_their_pieces_were(tiny_model_folder, tokenizer, extended, arm):
+    """The error of the hidden states falls, and nothing but the new input rows changes. A window whose end
+    holds another term is left out: its last tokens are not the same."""
+    new, pieces_of = extended
+    rows = [{"text": text, "start": text.index(term), "end": text.index(term) + len(term)}
+            for text, term in ((TEXTS[0], "undirected"), (TEXTS[1], "NetworkX"), (TEXTS[0], "NetworkX"))]
+    pairs = distil.pairs(rows, tokenizer, new)
+    assert [n for *_, n in pairs] == [1 + len(task.ids_of(tokenizer, end)) for end in (" graph.", " too.")]
+    model = models.load_decoder(str(tiny_model_folder), "fp32")
+    embeddings.untie(model)
+    model.resize_token_embeddings(len(new), mean_resizing=False)
+    embeddings.initialise(model, pieces_of, "distilled", 0)
+    before = [layer.weight.clone() for layer in embeddings.both(model)]
+    losses = distil.fit(model, arm.ids, rows, tokenizer, new, "fp32", epochs=20)
+    assert losses[-1] < 0.7 * losses[0]
+    moved = [(layer.weight - old).abs().amax(1) > 0 for layer, old in zip(embeddings.both(model), before)]
+    read = {i for _, ids, _ in pairs for i in ids} & set(arm.ids)
+    assert set(moved[0].nonzero()[:, 0].tolist()) == read and not moved[1].any()
+
+
 # -------------------------------------------------------------------------------------------------- scores
 
 def test_a_score_is_that_of_a_plain_forward_pass(untied, extended):
@@ -200,7 +220,10 @@ def test_a_score_is_that_of_a_plain_forward_pass(untied, extended):
                     "bytes": len(TEXTS[0].encode()), "mass": pytest.approx(mass, rel=1e-3),
                     "term_nats": pytest.approx(nats[place], abs=1e-4), "rank": rank,
                     "reciprocal_rank": 1 / rank, "after_bytes": len(" graph."),
-                    "after_nats": pytest.approx(sum(nats[place + 1:]), abs=1e-4)}
+                    "after_nats": pytest.approx(sum(nats[place + 1:]), abs=1e-4),
+                    "detection_nats": pytest.approx(-logprobs[place, list(pieces_of)].logsumexp(0).item(),
+                                                    abs=1e-4),
+                    "identification_nats": pytest.approx(item["term_nats"] - item["detection_nats"])}
     assert set(other) == {"id", "nats", "tokens", "bytes", "mass"} and other["id"] != item["id"]
     assert "mass" not in task.score(untied, new, [row], 2)[0]
 
