@@ -12,7 +12,7 @@ from common.corpus import normalise
 from task2_encoder.task import words
 
 # First words of a summary that is a command; others ("The ...", "Helper ...", "If ...") make no question.
-VERBS = frozenset("""
+VERBS = frozenset(re.findall(r"\w+", """
     accept add adjust allow append apply approximate assert assign attach bind broadcast build cache calculate
     call cancel cast change check choose clear clip close coerce combine compare compile compress compute
     concatenate configure connect construct convert copy count create decode decompose delete derive detect
@@ -25,7 +25,7 @@ VERBS = frozenset("""
     retrieve return reverse rewrite rotate round run sample save scale search select send serialize set shift
     show shuffle shutdown simplify skip solve sort split start stop store strip subtract sum swap take test
     transform translate transpose truncate try turn unify unpack update use validate verify wait wrap write
-    yield""".split())
+    yield"""))
 # Words that open a section or a remark instead of saying what the function does.
 REMARKS = re.compile(r"(see|notes?|new in|changed|deprecated|added|references?|examples?|parameters|returns?|"
                      r"raises|args|arguments|warnings?|for (more|details|example)|e\.g|i\.e|this is)\b", re.I)
@@ -35,7 +35,7 @@ TRUTH = re.compile(r"(?:true|1) (?:if and only if|iff?|when) (.+?)"
 
 
 def alternatives(name: str, summary: str, docstring: str) -> dict[str, str]:
-    """{"keywords", "question", "later"}, as far as there are any, of the function `name` (module.qualname)."""
+    """{"keywords", "question", "later"}, those there are, of the function `name` (module.qualname)."""
     found = {"keywords": keywords(name), "question": question(summary), "later": later(name, docstring)}
     return {kind: text for kind, text in found.items() if text}
 
@@ -72,7 +72,7 @@ def question(summary: str) -> str | None:
 
 
 def base_forms(verb: str) -> list[str]:
-    """What a verb may be without the -s of the third person: applies -> apply, uses -> use, matches -> match."""
+    """What a verb may be without the third person's -s: applies -> apply, uses -> use, matches -> match."""
     return [verb, re.sub("ies$", "y", verb), verb.removesuffix("s"), verb.removesuffix("es")]
 
 
