@@ -202,7 +202,7 @@ def shares_of(cfg) -> list[float]:
         if not shares or not all(0 < share < float("inf") for share in shares):
             raise ValueError
     except ValueError:
-        raise SystemExit(f"shares={cfg.shares!r}: expected numbers above 0 with blanks between them") from None
+        raise SystemExit(f"shares={cfg.shares!r}: expected numbers above 0, with blanks between") from None
     return shares
 
 
@@ -300,12 +300,13 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
     trainer._load_from_checkpoint(trainer.state.best_model_checkpoint)
 
     model.eval()
-    tried = {}
+    tried = {}  # {share: dev MRR@10}
     if method != "full" and shares != [1]:
         for share in shares:
             set_share(model, share, cfg.lora_alpha)
             tried[share] = dev_mrr(model)["mrr@10"]
-        set_share(model, max(tried, key=tried.get), cfg.lora_alpha)
+        best_share = max(tried, key=tried.get)
+        set_share(model, best_share, cfg.lora_alpha)
 
     history = trainer.state.log_history
     mrr = [entry["eval_mrr@10"] for entry in history if "eval_mrr@10" in entry]
@@ -313,7 +314,7 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
     stats |= {"trained_tokens": tokens, "processes": training.PROCESSES,
               "kept_step": trainer.state.best_global_step, "dev_mrr_before": mrr[0],
               "dev_mrr_kept": trainer.state.best_metric, "dev_mrr_last": mrr[-1],
-              "share": max(tried, key=tried.get, default=1.0),
+              "share": best_share if tried else 1.0,
               **{f"dev_mrr_share_{share:g}": value for share, value in tried.items()},
               "measured_peak_bytes": results.peak_memory(),
               "training_seconds": None if last else seconds,  # nobody knows those before a resumption

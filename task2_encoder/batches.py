@@ -12,7 +12,6 @@ from common import models, training
 from common.corpus import normalise
 from task2_encoder import task
 
-
 # Columns that the rows of a batch share as far as possible, by the knob `together`.
 TOGETHER = {"": (), "package": ("package",), "module": ("package", "module")}
 

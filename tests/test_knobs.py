@@ -17,6 +17,7 @@ CHANGED = {
     "precision": "fp32",
     "compute": "fp32",
     "gradient_checkpointing": "on",
+    "together": "module",
 }  # words of which only some are allowed
 
 
@@ -97,6 +98,7 @@ def test_a_default_has_the_type_that_is_written_beside_it(task):
         ("compute=fp17", "one of auto, bf16"),
         ("gradient_checkpointing=yes", "one of auto, on, off"),
         ("lora_r=0", "1 or more"),
+        ("together=modules", "one of , package, module"),
         ("precision=NF4", "one of nf4"),
         ("learning_rate=nan", "a number"),
     ],
@@ -222,8 +224,8 @@ REACHED = {"on": True, "q_proj,v_proj": {"q_proj", "v_proj"}, "query,value": {"q
 SEEN_ELSEWHERE = {
     "model", "data", "columns", "benchmark", "instruction", "precision", "double_quant", "compute",
     "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "n_benchmark", "n_general", "memory_gib",
-    "rows_per_pass", "bucket", "same_package", "query_prompt", "document_prompt", "eval_batch_size", "terms",
-    "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1", "texts_c2", "lr_rows",
+    "rows_per_pass", "bucket", "together", "other_anchors", "shares", "query_prompt", "document_prompt",
+    "eval_batch_size", "terms", "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1", "texts_c2", "lr_rows",
     "batch_size", "cuda_graphs", "liger",
 }
 ROWS = [
