@@ -225,8 +225,8 @@ SEEN_ELSEWHERE = {
     "model", "data", "columns", "benchmark", "instruction", "precision", "double_quant", "compute",
     "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "n_benchmark", "n_general", "memory_gib",
     "rows_per_pass", "bucket", "together", "other_anchors", "shares", "query_prompt", "document_prompt",
-    "eval_batch_size", "terms", "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1", "texts_c2", "lr_rows",
-    "batch_size", "cuda_graphs", "liger",
+    "eval_batch_size", "terms", "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1",
+    "texts_c2", "lr_rows", "batch_size", "cuda_graphs", "liger",
 }
 ROWS = [
     {"id": f"r{i}", "prompt": f"question {i}", "completion": f"answer {i}", "anchor": f"anchor {i}",

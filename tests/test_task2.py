@@ -226,7 +226,8 @@ def test_planted_leaks_fire(planted, kind):
     ("How to average NUMBERS?", ()), ("Quite another text", ["how to average numbers"])])
 def test_another_anchor_that_is_held_out_or_a_question_is_dropped_or_fires(held_out, questions):
     (row,) = data.group(pairs_of(("Return the mean of all", "def mean_of(x): return sum(x) / len(x)")))
-    row["anchors"] = {"keywords": "mean of", "question": "how to average numbers", "later": "Every number counts."}
+    row["anchors"] = {"keywords": "mean of", "question": "how to average numbers",
+                      "later": "Every number counts."}
     test = [{"id": "t", "group": "t", "anchor": held_out, "positive": "def q(z): return z"}]
     leaked = data.leaks([row], test, questions)
     assert leaked["other_anchor"] == 1 and sum(leaked.values()) == 1
