@@ -98,7 +98,6 @@ def test_a_default_has_the_type_that_is_written_beside_it(task):
         ("compute=fp17", "one of auto, bf16"),
         ("gradient_checkpointing=yes", "one of auto, on, off"),
         ("lora_r=0", "1 or more"),
-        ("together=modules", "one of , package, module"),
         ("precision=NF4", "one of nf4"),
         ("learning_rate=nan", "a number"),
     ],
@@ -106,6 +105,14 @@ def test_a_default_has_the_type_that_is_written_beside_it(task):
 def test_a_word_or_number_that_cannot_be_is_said_before_anything_is_imported(text, word):
     with pytest.raises(SystemExit, match=word):
         results.parse_arguments(["--set", text], results.ROOT / "task1_decoder" / "03_train.py")
+
+
+def test_what_stands_together_in_a_batch_may_be_nothing_but_no_unknown_word():
+    batches = importlib.import_module("task2_encoder.batches")
+    assert batches.TOGETHER.keys() == set(results.CHOICES["together"])
+    assert results.value_of("together", "", "package") == ""
+    with pytest.raises(SystemExit, match="one of , package, module"):
+        results.value_of("together", "modules", "package")
 
 
 @pytest.mark.parametrize("task", TASKS)
