@@ -1,6 +1,7 @@
 """Question: which texts belong together, and is what the search is tested on really unseen?
 
-Reads   the installed packages' source (or DATA=: a table or a hub id with `anchor`,`positive`)
+Reads   the installed packages' source and questions.jsonl (or DATA=: a table or a hub id with
+        `anchor`,`positive`)
 Writes  results/<run>/task2_encoder/01_data.json and runs/<run>/task2_encoder/{train,dev,test}.jsonl
 Needs   about 60 s and 1.5 GB the first time, 40 s with the parsed corpus cached under runs/assets/
 """
@@ -16,14 +17,14 @@ if __name__ == "__main__":
     results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
 from common import corpus
 from common.corpus import body_key, normalise
-from task2_encoder import task
+from task2_encoder import anchors, task
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,18 @@ OURS = {"anchor": "Limit a value to the closed interval from low to high.",
 # ---------------------------------------------------------------------------------------------------- rows
 
 def corpus_rows() -> list:
-    """Corpus functions as {id, anchor, positive, package, split, module, name}; duplicates are still in."""
-    return [{"id": row["id"], "anchor": row["summary"], "positive": row["code"], "package": row["package"],
-             "split": row["split"], "module": row["module"], "name": f"{row['module']}.{row['qualname']}"}
-            for row in corpus.load(deduplicated=False)[0]]
+    """Corpus functions as {id, anchor, positive, package, split, module, name}; duplicates are still in.
+
+    Those of the training split have "anchors", {kind: text} as from `anchors.alternatives`.
+    """
+    rows = []
+    for row in corpus.load(deduplicated=False)[0]:
+        name = f"{row['module']}.{row['qualname']}"
+        others = anchors.alternatives(name, row["summary"], row["docstring"])
+        rows.append({"id": row["id"], "anchor": row["summary"], "positive": row["code"],
+                     "package": row["package"], "split": row["split"], "module": row["module"], "name": name,
+                     **({"anchors": others} if row["split"] == "train" else {})})
+    return rows
 
 
 def own_rows(cfg) -> list:
@@ -146,13 +155,16 @@ def take(rows: list, limit: int, seed: int) -> tuple:
 
 # ---------------------------------------------------------------------------------------------- leak gates
 
-def leaks(train: list, held_out: list) -> dict:
-    """Held-out rows that share an anchor, a positive, a near-duplicate or a group with training. All must be
-    0."""
+def leaks(train: list, held_out: list, questions: list = ()) -> dict:
+    """Held-out rows that share an anchor, a positive, a near-duplicate or a group with training, and held-out
+    anchors and `questions` that are one of its other anchors. All must be 0."""
     as_code = ([{"summary": row["anchor"], "code": row["positive"]} for row in part]
                for part in (train, held_out))
     groups = {row["group"] for row in train}
-    return {**corpus.leaks(*as_code), "same_group": sum(row["group"] in groups for row in held_out)}
+    others = {normalise(text) for row in train for text in row.get("anchors", {}).values()}
+    asked = [*(row["anchor"] for row in held_out), *questions]
+    return {**corpus.leaks(*as_code), "same_group": sum(row["group"] in groups for row in held_out),
+            "other_anchor": sum(normalise(text) in others for text in asked)}
 
 
 def refuse_leaks(leaked: dict, bm25_mrr: float) -> None:
@@ -180,14 +192,9 @@ def token_rows(encoder, splits: dict) -> list:
     return rows
 
 
-def main(run):
-    cfg = run.cfg
-    encoder = task.load_encoder(cfg, "fp32")  # first, so that a wrong MODEL= is reported before the work
-    own = Path(cfg.data).expanduser()
-    if cfg.data != "corpus" and own.exists():
-        run.track(own.absolute())
+def splits_of(cfg) -> tuple:
+    """({split: rows} as 01 writes them, counts, the texts of task.QUESTIONS, none for own data)."""
     rows, counts = clean(corpus_rows() if cfg.data == "corpus" else own_rows(cfg))
-
     splits = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     asked, others = take(splits["test"], cfg.n_pool, cfg.seed)
     more = take(others, cfg.n_more, cfg.seed)[0]
@@ -196,13 +203,33 @@ def main(run):
     splits["train"] = take(splits["train"], cfg.n_train, cfg.seed)[0]
     random.Random(cfg.seed).shuffle(splits["train"])
     counts |= {split: len(part) for split, part in splits.items()}
+    if cfg.data != "corpus":
+        return splits, counts, []
+
+    questions = [row["question"] for row in results.read_rows(task.QUESTIONS)]
+    held_out = [row["anchor"] for row in splits["test"] + splits["dev"]]
+    taken = {normalise(text) for text in held_out + questions}
+    splits["train"] = [row | {"anchors": anchors.allowed(row, taken)} for row in splits["train"]]
+    kinds = Counter(kind for row in splits["train"] for kind in row["anchors"])
+    counts |= {f"anchors_{kind}": kinds[kind] for kind in sorted(kinds)}
+    return splits, counts | {"questions": len(task.asked(splits["test"]).queries)}, questions
+
+
+def main(run):
+    cfg = run.cfg
+    encoder = task.load_encoder(cfg, "fp32")  # first, so that a wrong MODEL= is reported before the work
+    own = Path(cfg.data).expanduser()
+    if cfg.data != "corpus" and own.exists():
+        run.track(own.absolute())
+    task.track_questions(run)
+    splits, counts, questions = splits_of(cfg)
     if min(counts[split] for split in SPLITS) < 20:
         raise SystemExit(f"DATA={cfg.data}: every split needs at least 20 rows ({counts}); add rows")
 
     held_out = splits["test"] + splits["dev"]
     searches = task.searches(splits["test"], cfg)
     pool = searches["pool"]
-    leaked = leaks(splits["train"], held_out)
+    leaked = leaks(splits["train"], held_out, questions)
     bm25_mrr = task.mean_mrr(task.evaluate(pool, task.bm25(pool)))
     refuse_leaks(leaked, bm25_mrr)
 

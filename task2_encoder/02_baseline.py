@@ -2,7 +2,7 @@
 
 A process of its own, in which no adapter exists.
 
-Reads   runs/<run>/task2_encoder/test.jsonl of 01
+Reads   runs/<run>/task2_encoder/test.jsonl of 01, task2_encoder/questions.jsonl
 Writes  results/<run>/task2_encoder/02_baseline.json, runs/<run>/task2_encoder/items_base.json
 Needs   about 2 min and 2 GB on 2 cores
 """
@@ -28,7 +28,8 @@ def main(run):
     run.load("01_data")
     test = results.read_rows(run.artifact("01_data", "test.jsonl"))
     searches = task.searches(test, cfg)
-    pools = {name: searches[name] for name in ("pool", "full")}
+    task.track_questions(run)
+    pools = {name: searches[name] for name in task.SHARED if name in searches}
     items = {
         "random": {name: task.evaluate(pool, task.at_random(pool, cfg.seed)) for name, pool in pools.items()},
         "BM25": {name: task.evaluate(pool, task.bm25(pool)) for name, pool in pools.items()},

@@ -2,7 +2,7 @@
 
 Same queries, same functions, same batch size as 02, in a fresh process that loads the adapter from disk.
 
-Reads   items_base.json of 02, adapter/ and merged/ of 03
+Reads   items_base.json of 02, adapter/ and merged/ of 03, task2_encoder/questions.jsonl
 Writes  results/<run>/task2_encoder/04_eval.json, runs/<run>/task2_encoder/{items_tuned.json,examples.md}
 Needs   about 2.5 min and 2 GB on 2 cores
 """
@@ -90,6 +90,7 @@ def main(run):
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     adapter, merged = (run.artifact("03_train", name) for name in ("adapter", "merged"))
     base, tuned = (f"{models.label(cfg.precision)} {what}" for what in ("base", "+ adapter"))
+    task.track_questions(run)
     searches, before = task.searches(test, cfg), stored[base]
     after, vectors = task.measure(task.load_adapter(adapter, cfg), searches, cfg, test)
     stats.refuse_unchanged(before, after)

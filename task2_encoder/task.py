@@ -22,7 +22,7 @@ from nltk.stem.porter import PorterStemmer
 from peft import PeftModel
 from sentence_transformers.util import semantic_search
 
-from common import models
+from common import models, results
 from common.corpus import body_key, general_english, normalise
 from common.stats import Metric
 
@@ -78,6 +78,8 @@ PROFILES = {
     "cpu": dict(),
     "gpu": dict(eval_batch_size=256),
 }
+# Questions in people's words, each with names of functions of the test split that answer it.
+QUESTIONS = Path(__file__).with_name("questions.jsonl")
 SIDES = {"anchor": "query", "positive": "document"}  # column of a row -> the prompt it gets
 DEPTH = 100  # ranks kept per query: enough to say "from 57 to 1", and what rank fusion reads
 
@@ -133,16 +135,45 @@ def searches(rows: list, cfg) -> dict[str, Retrieval]:
     """What 02 and 04 ask, by name, made of the rows of test.jsonl.
 
     "pool": the queries of rows with `pool` against their own documents; "full": the same queries against
-    every held-out document (right answers are all in the pool, because groups are sampled whole); "masked":
-    "pool" with function names hidden, for the corpus only; "general": SciQ's questions, the check of
+    every held-out document (right answers are all in the pool, because groups are sampled whole); for the
+    corpus only, "questions": those of QUESTIONS against every held-out document, if two or more have an
+    answer there, and "masked": "pool" with function names hidden; "general": SciQ's questions, the check of
     forgetting.
     """
-    asked = [row for row in rows if row["pool"]]
-    pool, everything = retrieval(asked), retrieval(rows)
+    in_pool = [row for row in rows if row["pool"]]
+    pool, everything = retrieval(in_pool), retrieval(rows)
     chosen = {"pool": pool, "full": Retrieval(pool.queries, everything.documents, pool.relevant)}
     if cfg.data == "corpus":
-        chosen["masked"] = retrieval(masked(asked))
+        questions = asked(rows)
+        chosen |= {"questions": questions} if len(questions.queries) > 1 else {}
+        chosen["masked"] = retrieval(masked(in_pool))
     return chosen | {"general": retrieval(general_rows(cfg.n_general))}
+
+
+def asked(rows: list) -> Retrieval:
+    """QUESTIONS against every document of corpus rows: right are all documents of the groups that the named
+    functions belong to.
+
+    A function that is not among the rows (01 drops copies) is skipped, and a question without any left out.
+    """
+    found, groups, answers = retrieval(rows), defaultdict(set), {}
+    for row in rows:
+        groups[row["name"]].add(row["group"])
+        if row["id"] in found.relevant:  # every group has a row that is a query
+            answers[row["group"]] = found.relevant[row["id"]]
+    queries, relevant = {}, {}
+    for number, line in enumerate(results.read_rows(QUESTIONS), 1):
+        right = {group for name in line["functions"] for group in groups.get(name, ())}
+        if right:
+            queries[f"question{number}"] = line["question"]
+            relevant[f"question{number}"] = set().union(*(answers[group] for group in right))
+    return Retrieval(queries, found.documents, relevant)
+
+
+def track_questions(run) -> None:
+    """Make QUESTIONS part of the step's freshness, if it asks them."""
+    if run.cfg.data == "corpus":
+        run.track(QUESTIONS)
 
 
 def masked(rows: list) -> list:
@@ -297,15 +328,19 @@ def largest_difference(one: dict, other: dict) -> float:
 
 # ---------------------------------------------------------------------------------------- before and after
 
+SHARED = ("pool", "full", "questions")  # searches among documents of "full", which are embedded once
+
+
 def measure(model, asked: dict, cfg, rows: list = ()) -> tuple:
     """({name: items of each search, "downstream": of `probe_topics`}, vectors of "full" as from `embed`).
 
-    "pool" reads the vectors of "full". "downstream" is left out where `rows` have no topics.
+    The vectors hold the queries of all SHARED. "downstream" is left out where `rows` have no topics.
     """
-    vectors = embed(model, asked["full"], cfg.eval_batch_size)
+    queries = {i: text for name in SHARED if name in asked for i, text in asked[name].queries.items()}
+    vectors = embed(model, asked["full"]._replace(queries=queries), cfg.eval_batch_size)
     measured = {}
     for name, search in asked.items():
-        own = vectors if name in ("pool", "full") else embed(model, search, cfg.eval_batch_size)
+        own = vectors if name in SHARED else embed(model, search, cfg.eval_batch_size)
         measured[name] = evaluate(search, by_cosine(search, own))
     members = topics(rows)
     if len({row["topic"] for row in members}) > 1:

@@ -10,8 +10,8 @@ import pytest
 import pytrec_eval
 import torch
 
-from common import stats
-from task2_encoder import ablations, batches, task
+from common import results, stats
+from task2_encoder import ablations, anchors, batches, task
 
 data, evaluation = (import_module(f"task2_encoder.{name}") for name in ("01_data", "04_eval"))
 VALUE = {metric.name: metric.top for metric in task.METRICS}
@@ -135,6 +135,34 @@ def test_own_name_is_masked_everywhere_in_its_function():
     assert masked == "def f(n):\n    return 1 + f(n.left) if n else in_depth"
 
 
+def test_a_question_is_answered_by_every_document_of_the_groups_of_its_functions(tmp_path, monkeypatch):
+    """m.f0 and m.f1 share a summary, m.f3 has the code of m.f2, m.gone was dropped."""
+    rows = data.group(pairs_of(("Return the mean.", "def f(x): return 1"),
+                               ("Return the mean.", "def g(x): return 2"),
+                               ("Open a file", "def k(p): return open(p)"),
+                               ("Read a file", "def k(p): return open(p)"), ("Other", "def h(x): return 3")))
+    rows = [row | {"pool": i == 4} for i, row in enumerate(rows)]
+    lines = [("average of numbers", ["m.f1"]), ("a file please", ["m.f3", "m.f4", "m.gone"]),
+             ("no answer", ["m.gone"])]
+    monkeypatch.setattr(task, "QUESTIONS", tmp_path / "questions.jsonl")
+    results.write_rows(task.QUESTIONS, [{"question": text, "functions": names} for text, names in lines])
+    search = task.asked(rows)
+    assert search.queries == {"question1": "average of numbers", "question2": "a file please"}
+    assert set(search.documents) == {"r0", "r1", "r2", "r4"}
+    assert search.relevant == {"question1": {"r0", "r1"}, "question2": {"r2", "r4"}}
+
+    assert task.searches(rows, data.Config(n_general=2))["questions"] == search
+    assert "questions" not in task.searches(rows[2:], data.Config(n_general=2))  # a single one is left
+    assert "questions" not in task.searches(rows, data.Config(n_general=2, data="own.csv"))
+
+
+def test_questions_are_part_of_what_a_result_was_made_from():
+    tracked = []
+    for name in ("corpus", "own.csv"):
+        task.track_questions(SimpleNamespace(cfg=data.Config(data=name), track=tracked.append))
+    assert tracked == [results.ROOT / "task2_encoder" / "questions.jsonl"]
+
+
 # ---------------------------------------------------------------------------------------- groups and gates
 
 def pairs_of(*texts):
@@ -192,6 +220,25 @@ def test_planted_leaks_fire(planted, kind):
     assert leaked[kind] == 1
     with pytest.raises(SystemExit, match="shares rows"):
         data.refuse_leaks(leaked, 0.5)
+
+
+@pytest.mark.parametrize(("held_out", "questions"), [
+    ("How to average NUMBERS?", ()), ("Quite another text", ["how to average numbers"])])
+def test_another_anchor_that_is_held_out_or_a_question_is_dropped_or_fires(held_out, questions):
+    (row,) = data.group(pairs_of(("Return the mean of all", "def mean_of(x): return sum(x) / len(x)")))
+    row["anchors"] = {"keywords": "mean of", "question": "how to average numbers",
+                      "later": "Every number counts."}
+    test = [{"id": "t", "group": "t", "anchor": held_out, "positive": "def q(z): return z"}]
+    leaked = data.leaks([row], test, questions)
+    assert leaked["other_anchor"] == 1 and sum(leaked.values()) == 1
+    with pytest.raises(SystemExit, match="shares rows"):
+        data.refuse_leaks(leaked, 0.5)
+    taken = {task.normalise(text) for text in (held_out, *questions)}
+    kept = anchors.allowed(row, taken)
+    assert kept == {"keywords": "mean of", "later": "Every number counts."}
+    copied = row | {"positive": 'def mean_of(x):\n    raise ValueError("every number counts!")'}
+    assert anchors.allowed(copied, taken) == {"keywords": "mean of"}  # a name always stands in its code
+    assert data.leaks([row | {"anchors": kept}], test, questions)["other_anchor"] == 0
 
 
 def test_the_gate_of_word_search_fires():
@@ -268,7 +315,7 @@ def test_every_topic_is_known_in_every_fold():
 # ------------------------------------------------------------------------------------------------- batches
 
 def knobs(**changes):
-    own = dict(max_steps=30, batch_size=8, bucket=25, same_package=False, seed=0)
+    own = dict(max_steps=30, batch_size=8, bucket=25, together="", other_anchors=0.0, seed=0)
     return SimpleNamespace(**own | changes)
 
 
@@ -277,7 +324,8 @@ def test_no_group_stands_twice_in_a_batch_and_batches_are_alike_in_length():
     batch."""
     rng = random.Random(0)
     lengths = [(rng.randint(5, 40), rng.randint(10, 128)) for _ in range(200)]
-    rows = [{"group": "big" if i < 30 else f"g{i}", "package": "ab"[i % 2]} for i in range(200)]
+    rows = [{"id": i, "group": "big" if i < 30 else f"g{i}", "package": "ab"[i % 2], "module": i % 10,
+             "anchor": f"anchor {i}"} for i in range(200)]
     order = batches.schedule(rows, lengths, knobs())
     assert len(order) == 30
     assert all(len({rows[i]["group"] for i in batch}) == len(batch) == 8 for batch in order)
@@ -291,15 +339,40 @@ def test_no_group_stands_twice_in_a_batch_and_batches_are_alike_in_length():
     assert len(first) == len(set(first))  # within an epoch no row comes twice
     assert order == batches.schedule(rows, lengths, knobs()) != batches.schedule(rows, lengths, knobs(seed=1))
 
-    def mixed(same_package):
-        again = batches.schedule(rows, lengths, knobs(same_package=same_package))
-        return sum(len({rows[i]["package"] for i in batch}) > 1 for batch in again)
+    def mixed(together, column="package", most=1):
+        again = batches.schedule(rows, lengths, knobs(together=together))
+        return sum(len({rows[i][column] for i in batch}) > most for batch in again)
 
-    assert mixed(False) > 25 and mixed(True) < 8  # only where two packages meet in a span
+    assert mixed("") > 25 and mixed("package") < 8  # only where two packages meet in a span
+    assert mixed("module") < 8 and mixed("package", "module", 2) > 25 and mixed("module", "module", 2) == 0
+
+
+def test_rows_come_with_their_other_anchors_as_often_as_asked_and_anew_in_every_epoch():
+    """80 rows with two other anchors each, ten epochs of ten batches, and one anchor that two rows share."""
+    rows = [{"id": f"r{i}", "group": f"r{i}", "package": "p", "anchor": f"summary {i}",
+             "anchors": {"keywords": f"words {i // 2}", "question": f"how {i}"}} for i in range(80)]
+    rows = batches.with_other_anchors(rows)
+    assert len(rows) == 240 and [row["anchor"] for row in rows[80:82]] == ["words 0", "how 0"]
+    lengths = [(len(row["anchor"]), int(row["id"][1:])) for row in rows]
+
+    def drawn(**changes):
+        order = batches.schedule(rows, lengths, knobs(max_steps=80, **changes))
+        return [[rows[i] for i in batch] for batch in order]
+
+    def share(order):
+        return np.mean([not row["anchor"].startswith("summary") for batch in order for row in batch])
+
+    half = drawn(other_anchors=0.5)
+    assert share(drawn()) == 0 and share(drawn(other_anchors=1.0)) == 1 and 0.3 < share(half) < 0.6
+    assert share(drawn(other_anchors=0.25)) < share(half) - 0.1
+    assert half == drawn(other_anchors=0.5) != drawn(other_anchors=0.5, seed=1)
+    assert len({row["anchor"] for batch in half for row in batch if row["id"] == "r7"}) == 3
+    assert all(len({row["anchor"] for row in batch}) == len({row["id"] for row in batch}) == 8
+               for batch in half)
 
 
 def test_too_few_groups_for_a_batch_is_an_error():
-    rows = [{"group": i % 4, "package": "p"} for i in range(40)]
+    rows = [{"id": i, "group": i % 4, "package": "p", "anchor": str(i)} for i in range(40)]
     with pytest.raises(SystemExit, match=r"no 8 of 40 rows .* different groups: lower SET=batch_size"):
         batches.schedule(rows, [(1, 1)] * 40, knobs())
 
