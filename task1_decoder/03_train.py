@@ -95,9 +95,11 @@ class Config(task.Config):
     liger: bool = True
 
     # -- what it should not forget --
-    # Share of the rows that are the base model's own answers to general questions (rehearsal.jsonl): without
-    # them it answers everything as briefly as it describes functions.
-    rehearsal: float = 0.05
+    # Share of the rows that are the base's own answers to general questions (rehearsal.jsonl): without them
+    # it answers everything as briefly as it describes functions. The base answers 56 of 106 such questions in
+    # 16 bits and 50 in 4; after training it was 30 with 0, 49 with 0.05 and 55 with 0.1, at a held-out NLL of
+    # 2.830, 2.840 and 2.840 (seed 0, on a GPU).
+    rehearsal: float = 0.1
 
     # -- watching it --
     # Steps between dev losses; each costs 6 s on 2 cores. Checkpoints are written at the same steps.
@@ -155,8 +157,8 @@ def load_model(cfg):
 def rehearsal(run, cfg) -> list[dict]:
     """The 16-bit base's answers to general questions, as rows {"id", "prompt", "completion"}.
 
-    They are drawn from its probabilities: its most probable answers would make it repeat itself, and cost it
-    twice as much general English.
+    They are drawn from its probabilities. Its most probable answers, 5 % of 400 x 32 rows, took the NLL of
+    general English from 2.976 to 3.106 (embedded-2b); drawn ones left it at 2.975.
     """
     n = round(cfg.rehearsal * cfg.max_steps * cfg.batch_size)
     if not n:

@@ -48,7 +48,7 @@ PROFILES = {
     "gpu": dict(),
 }
 CONTROL = "shuffled pairs"
-FACTS = ("trainable_parameters", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps", "share")
+FACTS = ("trainable_parameters", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps")
 
 
 def ablations(cfg) -> dict:

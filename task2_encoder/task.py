@@ -8,12 +8,14 @@ code.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s would take three quarters of a GPU by JAX, if installed
 import bm25s
 import numpy as np
 import torch

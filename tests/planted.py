@@ -236,11 +236,6 @@ FAULTS = [Fault(name, file, old, new, caught_by if isinstance(caught_by, tuple) 
      "test_task2.py::test_a_question_is_answered_by_every_document_of_the_groups_of_its_functions"),
     ("other anchors never drawn", BATCHES2, "rng.random() < cfg.other_anchors", "rng.random() < 0",
      "test_task2.py::test_rows_come_with_their_other_anchors_as_often_as_asked_and_anew_in_every_epoch"),
-    ("the share of the adapter is not saved", TRAIN2, 'module.set_scale("default", 1)',
-     'module.set_scale("default", 2)',
-     "test_encoders.py::test_a_share_of_the_adapter_is_saved_as_its_alpha"),
-    ("the worst share is kept", TRAIN2, "best_share = max(tried", "best_share = min(tried",
-     "test_encoders.py::test_the_share_with_the_best_dev_is_kept"),
 
     # ------------------------------------------------------------------------------------------------ task 3
     ("rate of the rows ignored", TRAIN3, '"lr": stage.lr_rows', '"lr": 1e-3', (PLAIN3, KNOBS3)),

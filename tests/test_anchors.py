@@ -1,20 +1,8 @@
-"""Other anchors for training, on worked examples: words of a name, a summary asked back, a later sentence."""
+"""Other anchors for training, on worked examples: a summary asked back, a later sentence."""
 
 import pytest
 
 from task2_encoder import anchors
-
-
-@pytest.mark.parametrize(("name", "expected"), [
-    ("networkx.generic.shortest_path_length", "shortest path length"),
-    ("scipy.signal.windows.hann", "windows hann"),
-    ("pandas.core.frame.DataFrame.merge", "data frame merge"),
-    ("imaplib.Time2Internaldate", "time internaldate"),
-    ("m._get_a_very_long_private_name", "get very long private name"),
-    ("m.f", None),
-    ("sympy.jscode.jscode", None)])
-def test_keywords_are_words_of_the_name_and_of_its_place_if_it_has_one(name, expected):
-    assert anchors.keywords(name) == expected
 
 
 @pytest.mark.parametrize(("summary", "expected"), [
@@ -70,4 +58,4 @@ def test_a_later_sentence_is_prose_that_does_not_say_the_name():
 
 def test_a_row_has_the_anchors_that_there_are():
     assert anchors.alternatives("m.stats.mean", "The mean of a list", DOC) == {
-        "keywords": "stats mean", "later": "Values that are missing count for nothing here."}
+        "later": "Values that are missing count for nothing here."}

@@ -267,49 +267,6 @@ def test_what_is_saved_names_its_base_and_no_place_on_this_machine(name, folders
     assert (tmp_path / "adapter" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize(("precision", "alpha"), [("nf4", 8), ("fp32", 7)])
-def test_a_share_of_the_adapter_is_saved_as_its_alpha(precision, alpha, folders, tmp_path):
-    cfg = config(folders["BERT"], precision=precision, lora_alpha=alpha)
-    model, vectors = randomised(cfg), {}
-    for share in (1.0, 0.5):
-        step.set_share(model, share, cfg.lora_alpha)
-        vectors[share] = task.embed(model, SOME, 4)
-    assert step.save(model, cfg, tmp_path, SOME)["reload_difference"] == 0
-    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert saved["lora_alpha"] == alpha / 2 and (alpha == 7 or isinstance(saved["lora_alpha"], int))
-    assert task.largest_difference(vectors[0.5], task.embed(
-        task.load_adapter(tmp_path / "adapter", cfg), SOME, cfg.eval_batch_size)) < 1e-6
-    with torch.no_grad():  # half of B x A, by hand
-        for name, parameter in step.trained(model).items():
-            parameter.mul_(0.5 if "lora_B" in name else 1.0)
-    step.set_share(model, 1.0, cfg.lora_alpha)
-    assert task.largest_difference(vectors[0.5], task.embed(model, SOME, 4)) < 1e-6
-    assert task.largest_difference(vectors[0.5], vectors[1.0]) > 1e-3
-
-
-def test_the_share_with_the_best_dev_is_kept(folders, tmp_path, monkeypatch):
-    """Before, at step 2, at step 4, then a score for each share; of equals the first."""
-    scores = iter([0.1, 0.2, 0.3, 0.4, 0.6, 0.6])
-    monkeypatch.setattr(task, "mean_mrr", lambda items: next(scores))
-    cfg = config(folders["BERT"], shares="0.5 0.75 1")
-    model, facts, _ = train(cfg, tmp_path)
-    assert [facts[f"dev_mrr_share_{share}"] for share in ("0.5", "0.75", "1")] == [0.4, 0.6, 0.6]
-    assert facts["share"] == 0.75 and facts["dev_mrr_kept"] == 0.3
-    assert model.transformers_model.peft_config["default"].lora_alpha == 6
-    lora = [module for module in model.modules() if hasattr(module, "lora_A")]
-    assert {module.scaling["default"] for module in lora} == {1.5}
-
-
-def test_nothing_is_tried_where_there_is_no_choice(folders, tmp_path):
-    for place, changes, method in (("one", {"shares": "1"}, "qlora"), ("full", {}, "full")):
-        cfg = config(folders["BERT"], max_steps=1, **changes)
-        _, facts, _ = step.train(cfg, rows(), rows(20), tmp_path / place, "", lambda **values: None, method)
-        assert facts["share"] == 1 and not [name for name in facts if name.startswith("dev_mrr_share")]
-    for wrong in ("", "half", "0 1", "nan"):
-        with pytest.raises(SystemExit, match="shares="):
-            train(config(folders["BERT"], shares=wrong), tmp_path)
-
-
 # -------------------------------------------------------------------------------------------------- memory
 
 def test_fewer_rows_at_once_have_the_same_loss_and_gradients(folders):
@@ -405,7 +362,7 @@ def test_the_weights_of_the_best_evaluation_are_kept(folders, tmp_path, monkeypa
     """Step 0 does not count, so that a training that harms shows it; of equals the first is kept."""
     scores, kept = iter([0.9, 0.3, 0.5, 0.5, 0.4]), []
     monkeypatch.setattr(task, "mean_mrr", lambda items: next(scores))
-    cfg = config(folders["BERT"], max_steps=4, eval_every=1, shares="1")
+    cfg = config(folders["BERT"], max_steps=4, eval_every=1)
     save = step.Trainer._save
     monkeypatch.setattr(step.Trainer, "_save", lambda self, *args, **more: (
         kept.append({name: p.detach().clone() for name, p in step.trained(self.model).items()}),

@@ -231,7 +231,7 @@ REACHED = {"on": True, "q_proj,v_proj": {"q_proj", "v_proj"}, "query,value": {"q
 SEEN_ELSEWHERE = {
     "model", "data", "columns", "benchmark", "instruction", "precision", "double_quant", "compute",
     "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "n_benchmark", "n_general", "memory_gib",
-    "rows_per_pass", "bucket", "together", "other_anchors", "shares", "query_prompt", "document_prompt",
+    "rows_per_pass", "bucket", "together", "other_anchors", "query_prompt", "document_prompt",
     "eval_batch_size", "terms", "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1",
     "texts_c2", "lr_rows", "batch_size", "cuda_graphs", "liger", "rehearsal", "n_manners",
 }

@@ -226,8 +226,7 @@ def test_planted_leaks_fire(planted, kind):
     ("How to average NUMBERS?", ()), ("Quite another text", ["how to average numbers"])])
 def test_another_anchor_that_is_held_out_or_a_question_is_dropped_or_fires(held_out, questions):
     (row,) = data.group(pairs_of(("Return the mean of all", "def mean_of(x): return sum(x) / len(x)")))
-    row["anchors"] = {"keywords": "mean of", "question": "how to average numbers",
-                      "later": "Every number counts."}
+    row["anchors"] = {"question": "how to average numbers", "later": "Every number counts."}
     test = [{"id": "t", "group": "t", "anchor": held_out, "positive": "def q(z): return z"}]
     leaked = data.leaks([row], test, questions)
     assert leaked["other_anchor"] == 1 and sum(leaked.values()) == 1
@@ -235,9 +234,9 @@ def test_another_anchor_that_is_held_out_or_a_question_is_dropped_or_fires(held_
         data.refuse_leaks(leaked, 0.5)
     taken = {task.normalise(text) for text in (held_out, *questions)}
     kept = anchors.allowed(row, taken)
-    assert kept == {"keywords": "mean of", "later": "Every number counts."}
+    assert kept == {"later": "Every number counts."}
     copied = row | {"positive": 'def mean_of(x):\n    raise ValueError("every number counts!")'}
-    assert anchors.allowed(copied, taken) == {"keywords": "mean of"}  # a name always stands in its code
+    assert anchors.allowed(copied, taken) == {}
     assert data.leaks([row | {"anchors": kept}], test, questions)["other_anchor"] == 0
 
 
@@ -350,7 +349,7 @@ def test_no_group_stands_twice_in_a_batch_and_batches_are_alike_in_length():
 def test_rows_come_with_their_other_anchors_as_often_as_asked_and_anew_in_every_epoch():
     """80 rows with two other anchors each, ten epochs of ten batches, and one anchor that two rows share."""
     rows = [{"id": f"r{i}", "group": f"r{i}", "package": "p", "anchor": f"summary {i}",
-             "anchors": {"keywords": f"words {i // 2}", "question": f"how {i}"}} for i in range(80)]
+             "anchors": {"later": f"words {i // 2}", "question": f"how {i}"}} for i in range(80)]
     rows = batches.with_other_anchors(rows)
     assert len(rows) == 240 and [row["anchor"] for row in rows[80:82]] == ["words 0", "how 0"]
     lengths = [(len(row["anchor"]), int(row["id"][1:])) for row in rows]
