@@ -100,7 +100,7 @@ def main(run):
     for name in [name for name in ("pool", "questions") if name in after]:
         own = task.subpackages(test, searches[name].queries) if name == "pool" else None
         rows += stats.delta_rows("headline", "tuned minus fp32 base", stored["fp32 base"][name], after[name],
-                                 [task.MRR], clusters=own, search=name)
+                                 [task.MRR], clusters=own, kind=name)
 
     # before and after, on every search, as features for topics, and on slices of the pool
     tables = {name: compared(name, before[name], after[name], task.METRICS, documents=len(search.documents))

@@ -124,7 +124,7 @@ def main(run):
     table = []
     for name, row in done.items():
         for search in headlines:
-            items, which = row["items"][search], {"search": search}
+            items, which = row["items"][search], {"kind": search}
             table += stats.rows_of("ablation", name, items, [task.MRR], **which)
             table += stats.delta_rows("ablation minus base", name, base[search], items, [task.MRR], **which)
             if name != "as in 03":
@@ -133,9 +133,9 @@ def main(run):
         table += [task.row("ablation facts", name, fact, row["facts"][fact]) for fact in FACTS]
     stats.holm(table)
     for search in headlines:  # the headlines of 04 in every seed
-        seeds = [row for name in SEEDS for row in table if row.get("search") == search
+        seeds = [row for name in SEEDS for row in table if row.get("kind") == search
                  and (row["table"], row["name"]) == ("ablation minus base", name)]
-        table += [stats.over_seeds("over seeds", seeds) | {"search": search}] if len(seeds) > 1 else []
+        table += [stats.over_seeds("over seeds", seeds) | {"kind": search}] if len(seeds) > 1 else []
     run.save(table)
 
 
