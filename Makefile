@@ -8,9 +8,12 @@ COLUMNS =
 BENCHMARK ?=
 SET ?=
 TERMS ?=
+TASK ?= 1
+PROMPT ?=
+export PROMPT
 NPROC ?= 1
-# the folder of results: own models, data and knobs never overwrite those of a profile
-RUN ?= $(if $(strip $(MODEL)$(DATA)$(COLUMNS)$(BENCHMARK)$(SET)$(TERMS)),mine,$(PROFILE))
+# the folder of results; the reference runs were made with RUN=cpu, RUN=gpu and RUN=ru
+RUN ?= $(if $(filter smoke,$(PROFILE)),smoke,mine)
 ifneq ($(words $(RUN)),1)
 $(error RUN="$(RUN)" is a folder name: letters, digits, '.', '_' and '-' only)
 endif
@@ -35,7 +38,7 @@ endif
 .DELETE_ON_ERROR:
 # two trainings on one device are an out-of-memory error, not a speed-up
 .NOTPARALLEL:
-.PHONY: all task1 task2 task3 ablations report check test test-all faults lint smoke setup help clean FORCE
+.PHONY: all task1 task2 task3 ablations ask report check test test-all faults lint smoke setup help clean FORCE
 
 all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 33 min on 2 cores after set-up
 
@@ -54,6 +57,9 @@ ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/tas
 $(R)/task1_decoder/03_train.json $(R)/task2_encoder/03_train.json: LAUNCH = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc_per_node $(NPROC) --)
 $(R)/%.json: FORCE
 	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $(LAUNCH) $*.py $(ARGS) ;; *) exit 2 ;; esac
+
+ask: setup                     ## TASK=1|2|3 PROMPT="...": base and tuned model of a RUN on a text of yours (20 s)
+	@$(PY) ask.py $(TASK) "$$PROMPT" --run $(RUN) $(if $(MODEL),--model "$(MODEL)")
 
 report: setup                  ## report.md, a page per run and task, figures, from results/; RUNS="a b": those two side by side (6 s)
 	@$(PY) -m report.render $(RUNS)

@@ -145,13 +145,18 @@ def stored(values: dict) -> dict:
     return {name: public(value) if name in SOURCES else value for name, value in values.items()}
 
 
+def default_run(profile: str) -> str:
+    """The folder of results of who names none; the reference runs are made under names of their own."""
+    return "smoke" if profile == "smoke" else "mine"
+
+
 def command(path: Path, profile: str, settings: dict[str, str]) -> str:
     """The make command that builds results/<run>/<task>/<step>.json with these arguments."""
     run, task, step = path.parts[-3:]
     profile = profile or (run if run in ("smoke", "gpu") else "cpu")
     words = ["make", "ablations" if step == "ablations.json" else task.split("_")[0]]
     words += [f"PROFILE={profile}"] if profile != "cpu" else []
-    words += [f"RUN={run}"] if run != profile or settings else []
+    words += [f"RUN={run}"] if run != default_run(profile) else []
     sources = [name for name in SOURCES if name in settings]
     words += [f"{name.upper()}={shlex.quote(settings[name])}" for name in sources]
     knobs = [shlex.quote(f"{name}={settings[name]}") for name in settings if name not in sources]
@@ -262,7 +267,7 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     parser = argparse.ArgumentParser(prog=shown(script), description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="cpu", help="smoke, cpu (default) or gpu")
-    parser.add_argument("--run", help="name of the results folder (default: the profile's name)")
+    parser.add_argument("--run", help="name of the results folder (default: mine; smoke for that profile)")
     parser.add_argument("--model", help="an embedded model, a model folder or a hub id owner/name[@revision]")
     parser.add_argument("--data", help="corpus, a JSONL, JSON, CSV, TSV, Parquet file, folder of texts, or "
                         "a hub id owner/name[:configuration[:split]][@revision]")
@@ -283,7 +288,7 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     for name in settings.keys() - names:
         near = difflib.get_close_matches(name, names, 1) or sorted(names)
         raise SystemExit(f"unknown knob {name!r}: did you mean {' or '.join(map(repr, near))}?")
-    args.run = args.run or args.profile
+    args.run = args.run or default_run(args.profile)
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", args.run):
         raise SystemExit(f"RUN={args.run!r} is a folder name: letters, digits, '.', '_' and '-' only")
     if args.profile not in PROFILES:

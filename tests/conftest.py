@@ -90,6 +90,7 @@ def repo(tmp_path_factory):
     root = tmp_path_factory.mktemp("repo")
     for folder in ("common", *(path.name for path in results.ROOT.glob("task*") if path.is_dir())):
         shutil.copytree(results.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(results.ROOT / "ask.py", root)
     (root / "runs").mkdir()
     (root / "runs" / "assets").symlink_to(results.ROOT / "runs" / "assets")
     return root

@@ -69,7 +69,7 @@ def run(root, step, *args):
 
 def fresh(root, step, *args):
     done = subprocess.run(
-        [sys.executable, "-m", "common.results", "fresh", f"results/cpu/task9_toy/{step}.json", *args],
+        [sys.executable, "-m", "common.results", "fresh", f"results/mine/task9_toy/{step}.json", *args],
         cwd=root,
         env=environment(root),
         capture_output=True,
@@ -121,7 +121,7 @@ def test_settings_are_part_of_freshness(toy):
 
 
 def test_a_clone_without_runs_is_fresh_until_a_later_step_must_run(toy):
-    (toy / "runs" / "cpu" / "task9_toy" / "01_a.txt").unlink()
+    (toy / "runs" / "mine" / "task9_toy" / "01_a.txt").unlink()
     assert states(toy) == [True, True, True]
     edit(toy / "task9_toy" / "03_c.py", "scale_03_c: int = 2", "scale_03_c: int = 9")
     assert states(toy) == [False, True, False]
@@ -133,7 +133,7 @@ def test_a_clone_without_runs_makes_again_what_stale_ablations_need(toy):
         TOY.format(scale=4, load='run.load("03_c")', step="ablations")
     )
     assert run(toy, "ablations").returncode == 0
-    (toy / "runs" / "cpu" / "task9_toy" / "01_a.txt").unlink()
+    (toy / "runs" / "mine" / "task9_toy" / "01_a.txt").unlink()
     assert states(toy) == [True, True, True]
     edit(toy / "task9_toy" / "ablations.py", "scale_ablations: int = 4", "scale_ablations: int = 9")
     assert states(toy) == [False, True, True]
@@ -141,7 +141,7 @@ def test_a_clone_without_runs_makes_again_what_stale_ablations_need(toy):
 
 
 def test_half_a_result_is_stale_and_refused_as_input(toy):
-    path = toy / "results" / "cpu" / "task9_toy" / "01_a.json"
+    path = toy / "results" / "mine" / "task9_toy" / "01_a.json"
     path.write_text(path.read_text()[:200])
     assert states(toy) == [False, False, False]
     done = run(toy, "02_b")
@@ -224,7 +224,7 @@ def test_a_moved_hub_revision_is_stale_and_refused_as_input(toy, tmp_path, monke
     share_knobs(toy, model="owner/name")
     for step in STEPS:
         assert run(toy, step).returncode == 0
-    stored = json.loads((toy / "results" / "cpu" / "task9_toy" / "01_a.json").read_text())
+    stored = json.loads((toy / "results" / "mine" / "task9_toy" / "01_a.json").read_text())
     assert stored["inputs"]["hub:model:owner/name"] == "a" * 40
     (cache / "main").write_text("b" * 40)
     assert "owner/name is at commit bbbbbbbbbbbb, was aaaaaaaaaaaa" in fresh(toy, "01_a")[1]
@@ -239,21 +239,24 @@ def test_the_remedy_repeats_the_arguments():
         path, "gpu", {"model": "owner/name", "data": "my rows.csv", "lora_r": "8", "instruction": "Say it."}
     )
     arguments = """MODEL=owner/name DATA='my rows.csv' SET="lora_r=8 'instruction=Say it.'\""""
-    assert said == f"make task1 PROFILE=gpu RUN=mine {arguments}"
+    assert said == f"make task1 PROFILE=gpu {arguments}"
+    reference = path.parents[2] / "cpu" / "task1_decoder" / "01_data.json"
+    assert results.command(reference, "cpu", {}) == "make task1 RUN=cpu"
 
 
 @pytest.mark.parametrize(
     ("arguments", "run_name"),
     [
-        ([], "cpu"),
-        (["PROFILE=gpu"], "gpu"),
+        ([], "mine"),
+        (["PROFILE=gpu"], "mine"),
+        (["PROFILE=smoke"], "smoke"),
         (["MODEL=a/b"], "mine"),
         (["DATA=x.csv"], "mine"),
         (["SET=lora_r=8"], "mine"),
         (["RUN=r", "DATA=x"], "r"),
     ],
 )
-def test_own_arguments_never_write_into_the_results_of_a_profile(arguments, run_name):
+def test_nothing_writes_into_the_reference_results_by_itself(arguments, run_name):
     said = subprocess.run(
         ["make", "-n", "task1", "PY=true", *arguments],
         cwd=results.ROOT,
@@ -314,7 +317,7 @@ def test_wrong_arguments_stop_make_before_the_step(toy):
             "-m",
             "common.results",
             "fresh",
-            "results/cpu/task9_toy/01_a.json",
+            "results/mine/task9_toy/01_a.json",
             "--set",
             "nothing=1",
         ],
@@ -365,14 +368,12 @@ def test_a_config_of_a_stored_result_is_a_real_one():
 def test_nan_is_never_stored(toy):
     edit(toy / "task9_toy" / "01_a.py", '"value": run.cfg.scale_01_a', '"value": float("nan")')
     assert run(toy, "01_a").returncode != 0
-    assert (
-        json.loads((toy / "results" / "cpu" / "task9_toy" / "01_a.json").read_text())["rows"][0]["value"] == 0
-    )
+    assert json.loads(result_of(toy, "01_a").read_text())["rows"][0]["value"] == 0
 
 
 # ------------------------------------------------------------------------------ edited, copied, out of step
 
-def result_of(root, step, run_name="cpu"):
+def result_of(root, step, run_name="mine"):
     return root / "results" / run_name / "task9_toy" / f"{step}.json"
 
 
@@ -392,7 +393,7 @@ def test_a_result_without_a_checksum_counts_as_edited(toy):
 
 
 def test_a_copied_folder_is_no_run(toy):
-    shutil.copytree(toy / "results" / "cpu", toy / "results" / "backup")
+    shutil.copytree(toy / "results" / "mine", toy / "results" / "backup")
     done = run(toy, "02_b", "--run", "backup")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "backup/task9_toy/01_a.json was edited or copied from another run" in done.stderr
@@ -402,11 +403,11 @@ def test_what_a_step_left_is_verified_before_it_is_read(toy):
     """New results beside an old runs/, or a file edited by hand: refused, and made again once deleted."""
     edit(toy / "task9_toy" / "02_b.py", 'run.load("01_a")', 'run.artifact("01_a", "01_a.txt")')
     assert run(toy, "02_b").returncode == 0
-    artifact = toy / "runs" / "cpu" / "task9_toy" / "01_a.txt"
+    artifact = toy / "runs" / "mine" / "task9_toy" / "01_a.txt"
     artifact.write_text("of another training")
     done = run(toy, "02_b")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    for word in ("runs/cpu/task9_toy/01_a.txt is not what 01_a left there", "delete it, then make task9"):
+    for word in ("runs/mine/task9_toy/01_a.txt is not what 01_a left there", "delete it, then make task9"):
         assert word in done.stderr
     artifact.unlink()
     assert run(toy, "01_a").returncode == 0 and run(toy, "02_b").returncode == 0
