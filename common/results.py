@@ -55,7 +55,7 @@ REMEDIES = {os.strerror(errno.ENOSPC): "free some space", os.strerror(errno.EROF
             os.strerror(errno.EACCES): "make it writable",
             "unexpected pos": f"{os.strerror(errno.ENOSPC)}: free some space",  # as torch.save says it
             "out of memory": LESS_MEMORY, "allocate memory": LESS_MEMORY, "Unable to allocate": LESS_MEMORY,
-            "bad_alloc": LESS_MEMORY, "start new thread": LESS_MEMORY}
+            "bad_alloc": LESS_MEMORY, "failed to map segment": LESS_MEMORY, "start new thread": LESS_MEMORY}
 AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_every", "max_steps", "log_every",
               "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
 

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import accelerate
@@ -86,6 +87,11 @@ def tensorboard(folder: Path) -> list[TensorBoard]:
     """[the callback that writes the curves into `folder`], or [] if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return []
+
+    def once(caught):  # an error of its writing thread, as of a full disk, is raised again where it is used
+        if not issubclass(caught.exc_type, OSError):
+            threading.__excepthook__(caught)
+    threading.excepthook = once
     callback = TensorBoard()
     callback.logging_dir = folder
     return [callback]

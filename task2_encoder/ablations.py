@@ -28,7 +28,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 
-from common import models, stats, training
+from common import stats, training
 from task2_encoder import task
 
 step = importlib.import_module("task2_encoder.03_train")
@@ -48,6 +48,7 @@ PROFILES = {
     "gpu": dict(),
 }
 CONTROL = "shuffled pairs"
+SEEDS = ("as in 03", "seed 1", "seed 2")
 FACTS = ("trainable_parameters", "dev_mrr_kept", "dev_mrr_last", "kept_step", "steps")
 
 
@@ -91,19 +92,22 @@ def main(run):
     run.load("04_eval")
     rows, dev, test = (results.read_rows(run.artifact("01_data", f"{split}.jsonl"))
                        for split in ("train", "dev", "test"))
-    pool, data_hash = task.searches(test, run.cfg)["pool"], results.result_hash(data)
+    asked, data_hash = task.searches(test, run.cfg), results.result_hash(data)
+    asked = {name: asked[name] for name in task.SHARED if name in asked}
+    headlines = [name for name in ("pool", "questions") if name in asked]
+    task.track_questions(run)
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
-    base = stored[f"{models.label(run.cfg.precision)} base"]["pool"]
-    tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())["pool"]
+    base = stored["fp32 base"]
+    tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())
     as_trained = results.config_of(step.Config, trained["config"])
     kept = {row["metric"]: row["value"] for row in trained["rows"] if row["table"] == "training"}
 
     def train_row(folder, cfg, method, pairs):
         place = folder / "checkpoints"
         model, facts, _ = step.train(cfg, pairs, dev, place, data_hash, lambda **_: None, method)
-        vectors = task.embed(model, pool, cfg.eval_batch_size)
+        items, _ = task.measure(model, asked, cfg)
         training.remove(place)
-        return {"items": task.evaluate(pool, task.by_cosine(pool, vectors)), "facts": facts}
+        return {"items": items, "facts": facts}
 
     done, possible = {"as in 03": {"items": tuned, "facts": kept}}, ablations(as_trained)
     for name in results.chosen(run.cfg.only, list(possible)):
@@ -115,15 +119,23 @@ def main(run):
         pairs = shuffled(rows, cfg.seed) if name == CONTROL else rows
         done[name] = results.cached(folder / "row.json", [vars(cfg), method, data_hash],
                                     partial(train_row, folder, cfg, method, pairs))
-        run.log(row=name.replace(" ", "_"), test_mrr=task.mean_mrr(done[name]["items"]))
+        run.log(row=name.replace(" ", "_"), test_mrr=task.mean_mrr(done[name]["items"]["pool"]))
 
     table = []
     for name, row in done.items():
-        table += stats.rows_of("ablation", name, row["items"], [task.MRR])
-        table += stats.delta_rows("ablation minus base", name, base, row["items"], [task.MRR])
-        if name != "as in 03":
-            table += stats.delta_rows("ablation minus 03", name, tuned, row["items"], [task.MRR])
+        for search in headlines:
+            items, which = row["items"][search], {"kind": search}
+            table += stats.rows_of("ablation", name, items, [task.MRR], **which)
+            table += stats.delta_rows("ablation minus base", name, base[search], items, [task.MRR], **which)
+            if name != "as in 03":
+                table += stats.delta_rows("ablation minus 03", name, tuned[search], items, [task.MRR],
+                                          **which)
         table += [task.row("ablation facts", name, fact, row["facts"][fact]) for fact in FACTS]
+    stats.holm(table)
+    for search in headlines:  # the headlines of 04 in every seed
+        seeds = [row for name in SEEDS for row in table if row.get("kind") == search
+                 and (row["table"], row["name"]) == ("ablation minus base", name)]
+        table += [stats.over_seeds("over seeds", seeds) | {"kind": search}] if len(seeds) > 1 else []
     run.save(table)
 
 

@@ -51,7 +51,9 @@ def default_interrupt() -> None:
 
 
 def limit_memory(more: int) -> None:
-    """Let the address space grow by `more` bytes only."""
+    """Let the address space grow by `more` bytes only. Tokenizers start no threads, as under make: Rust ends
+    a process that cannot have one."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + more, now + more))

@@ -165,7 +165,7 @@ def test_lm_eval_reproduces_our_numbers(decoder, tiny_model_folder, tmp_path, op
 
     model = models.load_decoder(str(tiny_model_folder), "fp32")
     model = PeftModel.from_pretrained(model, decoder / "adapter").eval()
-    tasks = [task for task in harness.definitions(decoder / "choice.jsonl") if task["task"] in sources]
+    tasks = [task for task in harness.stock_and_ours(decoder / "choice.jsonl") if task.config.task in sources]
     ours = harness.HarnessLM(model, models.load_tokenizer(str(tiny_model_folder)), 4)
     ours = lm_eval.simple_evaluate(ours, tasks=tasks, log_samples=True, bootstrap_iters=0, samples=samples,
                                    task_manager=TaskManager(include_defaults=False))["samples"]
