@@ -122,6 +122,9 @@ def main(run):
             table += task.rows_of("cosines", side, own, stage=stage)
             if stage != "init":
                 table += task.delta_rows("cosines minus init", side, cosines["init"][side], own, stage=stage)
+    n_terms = len(lexicon.ids)  # what identification_bits are beside: a guess among so many
+    table.append({"table": "guess", "name": "among the terms", "metric": "identification_bits",
+                  "label": "bits of a guess", "value": math.log2(n_terms), "terms": n_terms})
     table += term_rows(lexicon, rows, items, old_pieces, cosines, definitions)
 
     results.write_atomic(run.folder / "items.json", json.dumps(items))

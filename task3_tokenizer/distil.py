@@ -26,10 +26,13 @@ def pairs(rows: list[dict], old, new) -> list[tuple]:
 
 
 def fit(model, ids: list[int], rows: list[dict], old, new, compute: str, epochs: int = 1) -> list[float]:
-    """Fit the input rows `ids` of an untied model: when it reads a window with the new token, its last hidden
-    states shall be those it had with the old pieces. Returns the mean squared error of each step."""
+    """Fit the input rows `ids` of a model: when it reads a window with the new token, its last hidden states
+    shall be those it had with the old pieces. Returns the mean squared error of each step.
+
+    Only tokens that stand in a window move. Output rows stay, unless the model is tied: they are the same.
+    """
     plain, texts, start = embeddings.both(model), pairs(rows, old, new), task.start_ids(old)
-    (values, _), _ = embeddings.train_rows(model, ids)
+    (values, *_), _ = embeddings.train_rows(model, ids)
     steps = epochs * -(-len(texts) // BATCH)
     optimizer = torch.optim.Adam([values], lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -186,8 +186,8 @@ def score(model, tokenizer, rows: list[dict], batch_size: int, new_ids=(), term_
     summed over the positions where none of them comes. For a row with a term also term_nats, rank and
     reciprocal_rank (of the term's first token; 1 = most probable) and, if text follows the term, after_nats
     and after_bytes. If the term is one of `new_ids`, its nats are the sum of detection_nats, of the
-    probability that any of them comes, and identification_nats, of its share of that: log(n) for a guess
-    among n.
+    probability that any of them comes, and identification_nats, of its share of that: for a guess among
+    n terms log(n), which is log2(n) bits.
     """
     encoded = [encode(tokenizer, row, term_tokenizer) for row in rows]
     decoder, first, items = model.get_decoder(), start_ids(tokenizer), [{}] * len(rows)

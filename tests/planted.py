@@ -27,8 +27,8 @@ TASK1, DATA1, BASE1, TRAIN1, EVAL1, SCORING1, HARNESS1 = (
     for name in ("task", "01_data", "02_baseline", "03_train", "04_eval", "scoring", "harness"))
 TASK2, DATA2, TRAIN2, EVAL2, BATCHES2 = (
     f"task2_encoder/{name}.py" for name in ("task", "01_data", "03_train", "04_eval", "batches"))
-TASK3, TRAIN3, EVAL3, ROWS3 = (
-    f"task3_tokenizer/{name}.py" for name in ("task", "03_train", "04_eval", "embeddings"))
+TASK3, TRAIN3, EVAL3, ROWS3, DISTIL3 = (
+    f"task3_tokenizer/{name}.py" for name in ("task", "03_train", "04_eval", "embeddings", "distil"))
 
 PLAIN1 = "test_reference.py::test_task_1_trains_what_a_plain_loop_trains"
 BASE_1 = "test_reference.py::test_task_1_measures_the_base_without_and_with_examples"
@@ -41,6 +41,7 @@ PLAIN3 = "test_reference.py::test_task_3_trains_what_a_plain_loop_trains"
 FIRST3 = "test_reference.py::test_task_3_starts_new_rows_of_both_matrices_at_the_mean_of_their_pieces"
 BYTES3 = "test_reference.py::test_task_3_counts_bytes_where_a_letter_has_two"
 ORDER3 = "test_reference.py::test_task_3_trains_both_arms_on_the_same_texts_in_the_same_order"
+STARTS3 = "test_task3.py::test_the_model_starts_distilled_if_the_knob_says_so"
 CONTROL3 = "test_reference.py::test_task_3_subtracts_the_control_from_the_new_model"
 UNCHANGED = "test_reference.py::test_an_evaluation_that_finds_no_change_is_refused"
 STALE_DATA = "test_reference.py::test_a_changed_data_file_makes_the_result_of_01_stale"
@@ -151,7 +152,8 @@ FAULTS = [Fault(name, file, old, new, caught_by if isinstance(caught_by, tuple) 
     ("alpha ignored", TRAIN1, "lora_alpha=cfg.lora_alpha", "lora_alpha=2 * cfg.lora_r", PLAIN1),
     ("gradients accumulated over two batches", TRAIN1, "gradient_accumulation_steps=per_process // per_pass",
      "gradient_accumulation_steps=2 * per_process // per_pass", PLAIN1),
-    ("seed of LoRA ignored", TRAIN1, "transformers.set_seed(cfg.seed)", "transformers.set_seed(0)", PLAIN1),
+    ("seed of LoRA ignored", TRAIN1, "transformers.set_seed(cfg.seed)  # LoRA's A",
+     "transformers.set_seed(0)  # LoRA's A", PLAIN1),
     ("seed of the order ignored", TRAIN1, "rng, ordered, needed = random.Random(cfg.seed)",
      "rng, ordered, needed = random.Random(0)", PLAIN1),
     ("clipping ignored", TRAIN1, "max_grad_norm=cfg.max_grad_norm", "max_grad_norm=0.0", PLAIN1),
@@ -270,6 +272,13 @@ FAULTS = [Fault(name, file, old, new, caught_by if isinstance(caught_by, tuple) 
      CONTROL3),
     ("tokenizer and model out of step", EVAL3, '(lexicon.new, lexicon.pieces_of) if arm == "new"',
      '(lexicon.old, lexicon.pieces_of) if arm == "new"', CONTROL3),
+    ("distilled towards itself", DISTIL3, "target = states(before, counts)", "target = states(after, counts)",
+     "test_task3.py::test_distilled_rows_are_read_as_their_pieces_were"),
+    ("distilled from the texts of all stages", TRAIN3, 'interleave_terms(parts["a"], cfg.seed',
+     "interleave_terms(texts, cfg.seed", STARTS3),
+    ("passes of the distillation ignored", TRAIN3, ", cfg.distil_passes)", ", 1)", STARTS3),
+    ("detection where the first token comes", TASK3, "detection = -masses[start + place[0]]",
+     "detection = -masses[start]", "test_task3.py::test_a_score_is_that_of_a_plain_forward_pass"),
     ("task 3: bytes counted as characters", TASK3, '"bytes": len(text.encode())', '"bytes": len(text)',
      BYTES3),
     ("bytes after a term counted as characters", TASK3, 'len(text[rows[i]["end"]:].encode())',

@@ -233,7 +233,7 @@ SEEN_ELSEWHERE = {
     "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "n_benchmark", "n_general", "memory_gib",
     "rows_per_pass", "bucket", "together", "other_anchors", "query_prompt", "document_prompt",
     "eval_batch_size", "terms", "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1",
-    "texts_c2", "lr_rows", "batch_size", "cuda_graphs", "liger", "rehearsal", "n_manners",
+    "texts_c2", "lr_rows", "batch_size", "distil_passes", "cuda_graphs", "liger", "rehearsal", "n_manners",
 }
 ROWS = [
     {"id": f"r{i}", "prompt": f"question {i}", "completion": f"answer {i}", "anchor": f"anchor {i}",

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def own_arguments(repo, model) -> list[str]:
     texts += [" ".join(rng.choice(COMMON) for _ in range(18)) for _ in range(9)]
     rows += [{"text": text, "split": "train"} for text in texts]
     results.write_rows(repo / "texts.jsonl", rows)
-    lines = "Zorbex,river stone,paper,a thing\nflumquatish,table,,\nкрипта,,,деньги\n"
+    lines = "Zorbex,river stone,paper,a thing\nflumquatish,table,garden,\nкрипта,,,деньги\n"
     (repo / "mine.csv").write_text(HEAD + lines, encoding="utf-8")
     return ["--model", str(model), "--data", str(repo / "texts.jsonl"), "--set",
             *(f"{name}={value}" for name, value in KNOBS.items()), f"terms={repo / 'mine.csv'}"]
@@ -77,6 +78,15 @@ def test_own_texts_run_through_all_four_steps(repo, whole):
     assert all(term["either"] <= term["new_c2"] for term in terms.values())  # a second way can only help
     anchors = [r for r in rows if (r["table"], r["metric"]) == ("cosines", "anchors")]
     assert len(anchors) == 2 * 5 and {r["n"] for r in anchors} == {2}  # of the two terms that have any
+    contrasts = [(r["table"], r["n"]) for r in rows if r["metric"] == "contrast"]
+    assert contrasts == [("cosines", 2)] * 2 + [("cosines", 2), ("cosines minus init", 2)] * 8
+    parts = {(r["table"], r["name"], r["metric"]): r["value"] for r in rows if "bits" in r["metric"]}
+    for stage in ("init", *task.STAGES):
+        whole_term, *both = (parts["term windows", f"new {stage}", f"{metric}_bits"]
+                             for metric in ("term", "detection", "identification"))
+        assert sum(both) == pytest.approx(whole_term)
+    assert not [key for key in parts if key[2] == "detection_bits" and not key[1].startswith("new ")]
+    assert parts["guess", "among the terms", "identification_bits"] == math.log2(3)
     saved = {r["name"]: r["value"] for r in rows if r["table"] == "saved"}
     assert saved["term windows"] > 0 and saved["general English"] == 0
 

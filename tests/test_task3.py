@@ -201,6 +201,36 @@ def test_distilled_rows_are_read_as_their_pieces_were(tiny_model_folder, tokeniz
     assert set(moved[0].nonzero()[:, 0].tolist()) == read and not moved[1].any()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_model_starts_distilled_if_the_knob_says_so(tied, tiny_model_folder, tmp_path, tokenizer, arm,
+                                                        init):
+    """From windows of (a) and no others, as often as `distil_passes`; the output rows stay as they were."""
+    rows = [{"term": term, "text": f" {word} {term} too", "start": 2 + len(word),
+             "end": 2 + len(word) + len(term)} for word in ("an", "the", "this", "that") for term in TERMS]
+    seen, fit = [], distil.fit
+
+    def spy(model, ids, texts, old, new, compute, passes):
+        seen.append((texts, passes, fit(model, ids, texts, old, new, compute, passes)))
+
+    cfg = config(model=str(tiny_model_folder), init="distilled", distil_passes=3, tied=tied, compute="fp32",
+                 texts_a=1, texts_b=1, texts_c1=1, texts_c2=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distil, "fit", spy)
+        next(training.train(cfg, arm, tmp_path, rows, rows, "", silent))
+        assert next(training.train(cfg, training.Arm("control", tokenizer, {}, [5]), tmp_path / "control",
+                                   rows, rows, "", silent))[0] == "init"
+    ((texts, passes, losses),) = seen  # the control has no new rows
+    assert Counter(row["term"] for row in texts) == dict.fromkeys(TERMS, 1)
+    assert {row["text"] for row in texts} == {f" an {term} too" for term in TERMS}
+    assert passes == len(losses) == 3 and losses[-1] < losses[0]
+    before, after = (embeddings.both(models.load_decoder(str(folder), "fp32"))
+                     for folder in (init, tmp_path / "init"))
+    own = [task.ids_of(arm.tokenizer, f" {term}")[0] for term in TERMS]
+    assert (after[0].weight[own] - before[0].weight[own]).abs().min(1).values.max() > 0
+    assert torch.equal(*(layer.weight for layer in after)) == tied
+    assert tied or torch.allclose(after[1].weight, before[1].weight, atol=1e-2)  # `init` is in bf16
+
+
 # -------------------------------------------------------------------------------------------------- scores
 
 def test_a_score_is_that_of_a_plain_forward_pass(untied, extended):
@@ -226,6 +256,29 @@ def test_a_score_is_that_of_a_plain_forward_pass(untied, extended):
                     "identification_nats": pytest.approx(item["term_nats"] - item["detection_nats"])}
     assert set(other) == {"id", "nats", "tokens", "bytes", "mass"} and other["id"] != item["id"]
     assert "mass" not in task.score(untied, new, [row], 2)[0]
+
+
+def test_a_term_costs_that_a_new_token_comes_and_which(untied, tokenizer, extended, monkeypatch):
+    """Worked by hand: the new ids have half of the probability, 1 bit, and the own id a quarter of that, 2
+    bits. A term of several old pieces has no such parts."""
+    new, pieces_of = extended
+    (own,) = task.ids_of(new, " undirected")
+    chances = torch.full((len(new),), 0.5 / (len(new) - len(pieces_of)))
+    chances[list(pieces_of)] = 0.375 / (len(pieces_of) - 1)
+    chances[own] = 0.125
+    monkeypatch.setattr(models, "logits_of", lambda model, states: chances.log().repeat(len(states), 1))
+    start = TEXTS[0].index("undirected")
+    row = {"text": TEXTS[0], "start": start, "end": start + len("undirected")}
+    items = task.score(untied, new, [row, row], 2, list(pieces_of))
+    assert items[0]["detection_nats"] + items[0]["identification_nats"] == pytest.approx(
+        items[0]["term_nats"], abs=1e-9)
+    values = {r["metric"]: r["value"] for r in task.rows_of("term windows", "new", items)}
+    assert values["term_bits"] == pytest.approx(3, abs=1e-5)
+    assert values["detection_bits"] == pytest.approx(1, abs=1e-5)
+    assert values["identification_bits"] == pytest.approx(2, abs=1e-5)
+    for way, ids in ((tokenizer, ()), (tokenizer, list(pieces_of)), (new, ())):
+        (item,) = task.score(untied, way, [row], 1, ids)
+        assert "term_nats" in item and not {"detection_nats", "identification_nats"} & set(item)
 
 
 def test_a_term_alone_can_be_encoded_by_another_tokenizer(tokenizer, extended):
