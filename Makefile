@@ -41,6 +41,7 @@ endif
 .PHONY: all task1 task2 task3 ablations ask report check test test-all faults lint smoke setup help clean FORCE
 
 all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 33 min on 2 cores after set-up
+	@$(PY) -m report.render summary $(RUN)
 
 task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (11 min on 2 cores)
 	@$(PY) -m report.render $(RUN)/task1_decoder

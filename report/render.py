@@ -3,6 +3,7 @@
     python -m report.render               write what changed (twice gives identical bytes)
     python -m report.render RUN[/TASK]    the pages of one run, or of one of its tasks
     python -m report.render RUN OTHER     two runs side by side: results/RUN+OTHER/TASK/README.md
+    python -m report.render summary RUN   a line per task of a run beside the reference run of its profile
     python -m report.render check         exit 1 if something is out of date, a result is stale or edited,
                                           or a knob has no reason
 
@@ -258,6 +259,41 @@ def paired_rows(root: Path, both: list[dict]) -> list[dict]:
     return rows
 
 
+HEADS = {  # task -> (what its headline is, the row of 04 that has it)
+    "task1_decoder": ("NLL per token, tuned minus base",
+                      {"table": "heldout", "name": "delta", "metric": "nll_per_token"}),
+    "task2_encoder": ("MRR@10, tuned minus base", {"table": "pool", "name": "delta", "metric": "mrr@10"}),
+    "task3_tokenizer": ("bits per byte, new minus control", {
+        "table": "minus control: term windows", "name": "new c2", "metric": "bits_per_byte"})}
+
+
+def summary(root: Path, run: str) -> str:
+    """A line per task that `run` has evaluated, beside the reference run of the same profile, in plain text.
+
+    They agree if their 95 % intervals overlap, and are not compared if a knob differs.
+    """
+    def shown(one: dict) -> str:
+        return f"{one['value']:+.3f} [{one['lo']:+.3f}, {one['hi']:+.3f}]"
+    lines = [("task", "what", run, "reference", "")]
+    for (_, task, step), mine in load_all(root, run).items():
+        path = root / mine["profile"] / task / "04_eval.json"
+        if step != "04_eval":
+            continue
+        what, wanted = HEADS[task]
+        own, other, said = row(mine, **wanted), "-", "no reference"
+        if path.exists() and mine["profile"] != run:
+            reference = results.read(path)
+            theirs, config = row(reference, **wanted), reference["config"]
+            other, differ = shown(theirs), [knob for knob, value in mine["config"].items()
+                                            if config.get(knob, value) != value]
+            said = "agrees" if own["lo"] <= theirs["hi"] and theirs["lo"] <= own["hi"] else "differs"
+            said = f"other {', '.join(differ)}" if differ else said
+        lines.append((task, what, shown(own), other, said))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+                     for line in lines)
+
+
 # -- putting it together ---------------------------------------------------------------------------------
 
 def render(root: Path) -> dict[Path, str]:
@@ -296,6 +332,9 @@ def main(argv: list[str]) -> int:
                 print(f"not compared: {name.removeprefix('outside:')}, which lies outside the repository")
         print("\n".join(wrong) or "report, pages, results and reasons are current")
         return bool(wrong)
+    if argv[:1] == ["summary"] and len(argv) == 2:
+        print(summary(root, argv[1]))
+        return 0
     if len(argv) == 2:
         files = side_by_side(root, *argv)
     else:

@@ -261,3 +261,19 @@ def test_two_runs_on_other_items_stand_with_an_interval_each(own):
         render.main(["cpu", "nothing"])
     with pytest.raises(SystemExit, match="RUNS='nothing': expected one run, or two"):
         render.main(["nothing"])
+
+
+def test_the_summary_puts_a_run_beside_the_reference(own):
+    """The same run under another name agrees, one of other data is not compared, another result differs."""
+    shutil.copytree(own / "cpu", own / "again")
+    path = own / "again" / "task1_decoder" / "04_eval.json"
+    for each in path.parent.glob("*.json"):
+        change(each, list)
+    assert "agrees" in render.summary(own, "again")
+    assert "other data, instruction" in render.summary(own, "own")
+    change(path, lambda rows: [row | ({"lo": 9.0, "value": 9.1, "hi": 9.2} if row["name"] == "delta" else {})
+                               for row in rows])
+    head, line = render.summary(own, "again").splitlines()
+    assert head.split() == ["task", "what", "again", "reference"]
+    assert "+9.100 [+9.000, +9.200]" in line and line.endswith("differs")
+    assert "no reference" in render.summary(own, "cpu")
