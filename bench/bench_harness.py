@@ -34,7 +34,7 @@ def main(n: int) -> None:
 
     tokenizer = models.load_tokenizer("embedded-135m")
     model = models.load_decoder("embedded-135m", "nf4", "auto", True)
-    choice = results.ROOT / "runs" / "cpu" / "task1_decoder" / "choice.jsonl"
+    choice = results.ROOT / "runs" / "mine" / "task1_decoder" / "choice.jsonl"
     if not choice.exists():
         choice = results.ROOT / "runs" / "bench" / "no_choice.jsonl"
         results.write_rows(choice, [])

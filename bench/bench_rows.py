@@ -5,7 +5,7 @@ both matrices under transformers' own loss. Ours: `fit` of 03 on embeddings.trai
 frozen rows, the head on real tokens only). They take turns; the result says how far the losses of the same
 steps are apart.
 
-    python bench/bench_rows.py [steps each time, default 6] [run, default cpu]
+    python bench/bench_rows.py [steps each time, default 6] [run, default mine]
 """
 
 import sys
@@ -81,4 +81,4 @@ def main(steps: int, run: str) -> None:
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    main(int(given[0]) if given else 6, given[1] if given[1:] else "cpu")
+    main(int(given[0]) if given else 6, given[1] if given[1:] else "mine")
