@@ -97,6 +97,11 @@ def tensorboard(folder: Path) -> list[TensorBoard]:
     return [callback]
 
 
+def main_process_first():
+    """A context that the first process passes before the others; alone it does nothing."""
+    return accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first()
+
+
 def open_checkpoints(folder: Path, identity: list) -> str | None:
     """The last checkpoint in `folder` to resume from, or None.
 
@@ -104,7 +109,7 @@ def open_checkpoints(folder: Path, identity: list) -> str | None:
     is one that a kill cut short: the library writes its state last.
     """
     digest, stored = results.digest(identity), folder / "identity"
-    with accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+    with main_process_first():
         if results.MAIN_PROCESS:
             if folder.exists() and not (stored.exists() and stored.read_text() == digest):
                 shutil.rmtree(folder)

@@ -42,7 +42,7 @@ def main(run):
     # 4 bits alone make a model worse, so a tuned one is judged against 16 bits, and against good prompts
     plain = models.compute_name(cfg.compute)
     model = models.load_decoder(cfg.model, plain)
-    unquantised = task.measure(model, tokenizer, run)
+    unquantised = task.measure(model, tokenizer, run) if cfg.precision != plain else zero_shot
     few_shot = task.score(model, tokenizer, test, cfg, task.trained_texts(run), task.shots_of(run))
     run.log(measured="3-shot", nll_per_token=task.nll(few_shot))
 

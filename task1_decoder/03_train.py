@@ -177,7 +177,8 @@ def rehearsal(run, cfg) -> list[dict]:
                                       cfg.max_completion_tokens, sample=True)
         return {"rows": [row | {"completion": item["text"]} for row, item in zip(asked, items)]}
     given = [cfg.model, cfg.compute, cfg.seed, cfg.max_completion_tokens, asked]
-    return results.cached(run.folder / f"rehearsal-{cfg.seed}.json", given, answer)["rows"]
+    with training.main_process_first():
+        return results.cached(run.folder / f"rehearsal-{cfg.seed}.json", given, answer)["rows"]
 
 
 def schedule(examples: list[dict], cfg, rehearsed: list[dict] = ()) -> list[dict]:

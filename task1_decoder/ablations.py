@@ -162,6 +162,8 @@ def main(run):
     rows, dev, test = (results.read_rows(run.artifact("01_data", f"{split}.jsonl"))
                        for split in ("train", "dev", "test"))
     stored, data_hash, table = trained["config"], results.result_hash(data), []
+    if stored["precision"] != "nf4":
+        names = [name for name in names if name != LOFTQ]
     if COST in names:
         given = [stored, cfg.cost_steps, cfg.cost_rows, data_hash]
         table = results.cached(run.folder / "ablations" / "cost.json", given,

@@ -279,6 +279,6 @@ def test_variables_of_the_makefile_become_knobs():
     assert settings == {"data": "x.csv", "columns": "prompt=q completion=a", "benchmark": "mine.yaml"}
     stored = results.ROOT / "results" / "mine" / "task1_decoder" / "01_data.json"
     command = results.command(stored, "", settings)
-    assert command == "make task1 RUN=mine DATA=x.csv COLUMNS='prompt=q completion=a' BENCHMARK=mine.yaml"
+    assert command == "make task1 DATA=x.csv COLUMNS='prompt=q completion=a' BENCHMARK=mine.yaml"
     other = results.parse_arguments(given, results.ROOT / "task2_encoder" / "01_data.py").settings
     assert other == {"data": "x.csv", "columns": "prompt=q completion=a"}  # a benchmark is task 1's
