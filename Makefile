@@ -71,7 +71,7 @@ check: setup                   ## report and pages current, results fresh and un
 lint: setup                    ## ruff (1 s)
 	@$(PY) -m ruff check .
 
-test: setup lint               ## lint, tests, then task 1 with its embedded model on a few rows (7 min on 2 cores after set-up)
+test: setup lint               ## lint, tests, then task 1 with its embedded model on a few rows (11 min on 2 cores without AVX512, after set-up)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 	@$(MAKE) --no-print-directory task1 PROFILE=smoke PY=$(PY)
 
@@ -80,7 +80,7 @@ test-all: setup lint           ## the slow tests too, every architecture in ever
 	@$(MAKE) --no-print-directory smoke PY=$(PY)
 
 # a row for each fault that was tried; the tests that a fault breaks fail, and so does a table without rows
-faults: setup                  ## kills, full disks, rubbish, planted faults, other tools: results/faults.md (40 min on 2 cores)
+faults: setup                  ## kills, full disks, rubbish, planted faults, other tools: results/faults.md (75 min on 2 cores)
 	@rm -f runs/faults.jsonl; mkdir -p runs
 	@FAULT_ROWS=$(CURDIR)/runs/faults.jsonl OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "faults or not faults" \
 	  --hypothesis-profile=faults $(foreach name,faults rubbish supply opens planted,$(wildcard tests/test_$(name).py)); \

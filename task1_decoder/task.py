@@ -82,7 +82,7 @@ PROFILES = {
         n_general=4,
         n_manners=6,
         max_new_tokens=12,
-        eval_batch_size=8,
+        eval_batch_size=16,
     ),
     "cpu": dict(),
     "gpu": dict(

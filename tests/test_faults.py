@@ -97,7 +97,7 @@ def test_a_step_killed_at_any_moment_ends_as_if_it_had_not_been(task, step, step
         killed_and_repeated(own, step, kind, at, delay, record)
 
 
-@pytest.mark.parametrize("index", [4, 14])
+@pytest.mark.parametrize("index", [pytest.param(4, marks=pytest.mark.all), 14])
 def test_a_killed_training_ends_as_if_it_had_not_been(index, steps, record):
     own = steps("task1_decoder")
     moment = moments("task1_decoder", "03_train", own.reach("03_train"))[index]

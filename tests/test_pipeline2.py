@@ -133,6 +133,7 @@ def copy_data(repo, run_name):
             copy.write_text(results.sealed(json.loads(copy.read_text()) | {"run": run_name}))
 
 
+@pytest.mark.all
 def test_two_equal_trainings_leave_equal_bytes(repo, own, whole):
     """In processes that order sets differently: all files of adapter/ and merged/, settings included."""
     hashes = []
@@ -151,6 +152,7 @@ def test_two_equal_trainings_leave_equal_bytes(repo, own, whole):
     assert hashes[0] == hashes[1] and "adapter/adapter_config.json" in hashes[0]
 
 
+@pytest.mark.all
 def test_two_processes_train_what_one_does(repo, own, whole):
     """The same global batches, split between both, with the other's half as negatives.
 
