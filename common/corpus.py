@@ -212,6 +212,12 @@ def deduplicate(rows: list[dict]) -> tuple[list[dict], dict[str, int]]:
     return kept, {**counts, "summary_in_code": len(rows) - len(kept), "kept": len(kept)}
 
 
+def subpackages(rows: list[dict]) -> list[str] | None:
+    """The subpackage or module of each row of the corpus (networkx.algorithms.bipartite): functions of one
+    resemble each other. None for own data."""
+    return [".".join(row["name"].split(".")[:3]) for row in rows] if rows[0]["package"] != "own" else None
+
+
 def leaks(train: list[dict], held_out: list[dict]) -> dict[str, int]:
     """How many held-out rows are copies of a training row, for each kind of COPIES."""
     both, n = train + held_out, len(train)

@@ -80,20 +80,28 @@ def holm(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def over_seeds(table: str, rows: list[dict]) -> dict:
-    """A result row of one difference in several trainings: `rows` of other seeds, this run's first.
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """A result row, {"table": "over seeds", ...}, of each difference that several trainings have: `rows` of a
+    table with the same "kind" and metric, this run's before those of other seeds.
 
     "value" is the mean, "lo" and "hi" Student's 95 % interval over the n seeds, "least" and "most" the range.
     The verdict is the first row's if this interval excludes 0 too, else "no difference shown".
     """
-    values = np.array([row["value"] for row in rows])
-    mean, half = values.mean(), scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    first = rows[0]
-    shown = np.sign(first["value"]) == np.sign(mean) and abs(mean) > half
-    kept = {key: first[key] for key in ("name", "metric", "label", "better")}
-    return {"table": table, **kept, "value": float(mean), "lo": float(mean - half), "hi": float(mean + half),
-            "n": len(values), "least": float(values.min()), "most": float(values.max()),
-            "seed_verdict": first["verdict"] if shown else "no difference shown"}
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row.get("kind"), row["metric"]), []).append(row)
+    found = []
+    for first, *others in groups.values():
+        if others:
+            values = np.array([row["value"] for row in (first, *others)])
+            mean, half = values.mean(), scipy.stats.t.ppf(0.975, len(others)) * scipy.stats.sem(values)
+            shown = np.sign(first["value"]) == np.sign(mean) and abs(mean) > half
+            kept = {key: first.get(key) for key in ("name", "metric", "label", "better", "kind")}
+            found.append({"table": "over seeds", **kept, "value": float(mean), "lo": float(mean - half),
+                          "hi": float(mean + half), "n": len(values), "least": float(values.min()),
+                          "most": float(values.max()),
+                          "seed_verdict": first["verdict"] if shown else "no difference shown"})
+    return found
 
 
 def refuse_unchanged(before, after) -> None:

@@ -29,7 +29,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from common import models, training
-from task1_decoder import manners, memory, scoring, task
+from task1_decoder import memory, rehearsal, scoring, task
 from task1_decoder.graphs import Graphs
 
 
@@ -153,33 +153,6 @@ def load_model(cfg):
 
 
 # ---------------------------------------------------------------------------------------- batches and loss
-
-def rehearsal(run, cfg) -> list[dict]:
-    """The 16-bit base's answers to general questions, as rows {"id", "prompt", "completion"}.
-
-    They are drawn from its probabilities. Its most probable answers, 5 % of 400 x 32 rows, took the NLL of
-    general English from 2.976 to 3.106 (embedded-2b); drawn ones left it at 2.975.
-    """
-    n = round(cfg.rehearsal * cfg.max_steps * cfg.batch_size)
-    if not n:
-        return []
-    run.track(manners.REHEARSED)
-    questions, rng = results.read_rows(manners.REHEARSED), random.Random(cfg.seed)
-    asked = [row | {"completion": ""} for _ in range(0, n, len(questions))
-             for row in rng.sample(questions, len(questions))][:n]
-
-    def answer():
-        transformers.set_seed(cfg.seed)
-        tokenizer = models.load_tokenizer(cfg.model)
-        model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
-        prompts = task.encode(tokenizer, asked, replace(cfg, instruction=""))
-        items = scoring.score_answers(model, tokenizer, prompts, cfg.eval_batch_size,
-                                      cfg.max_completion_tokens, sample=True)
-        return {"rows": [row | {"completion": item["text"]} for row, item in zip(asked, items)]}
-    given = [cfg.model, cfg.compute, cfg.seed, cfg.max_completion_tokens, asked]
-    with training.main_process_first():
-        return results.cached(run.folder / f"rehearsal-{cfg.seed}.json", given, answer)["rows"]
-
 
 def schedule(examples: list[dict], cfg, rehearsed: list[dict] = ()) -> list[dict]:
     """The examples of every step in training order: shuffled batches of rows of similar length, by epoch,
@@ -358,7 +331,7 @@ def main(run):
     rows, dev = (results.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev"))
     checkpoints = run.folder / "checkpoints"
     model, stats, history = train(cfg, rows, dev, checkpoints, results.result_hash(data), run.log,
-                                  rehearsal(run, cfg))
+                                  rehearsal.rows(run, cfg))
     if not results.MAIN_PROCESS:
         return  # all have the same weights, and the first process saves them
     stats |= save(model, cfg, run.folder / "adapter", dev[:4])

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from peft import PeftModel
 
-from common import card, models, stats
+from common import card, corpus, models, stats
 from task1_decoder import scoring, task
 
 
@@ -158,7 +158,7 @@ def main(run):
     # the headline: against whichever of them knows the held-out answers best
     best = task.best_base(stored)
     rows += stats.delta_rows("headline", f"tuned minus {best}", stored[best]["heldout"], after["heldout"],
-                             [task.NLL], clusters=task.subpackages(test))
+                             [task.NLL], clusters=corpus.subpackages(test))
     head = rows[-1]
     rows += answers_changed(stored[plain]["manners"], after["manners"])
     n = cfg.n_attribution

@@ -37,7 +37,7 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import TrainerCallback
 
 from common import models, stats, training
-from task1_decoder import scoring, task
+from task1_decoder import rehearsal, scoring, task
 
 script = importlib.import_module("task1_decoder.03_train")
 
@@ -99,7 +99,7 @@ def loftq(cfg, model) -> None:
 def train_row(run, name: str, cfg, data_hash: str, rows, dev, test) -> dict:
     """{"items" {table: items}, "stats"} of one training: the held-out NLL, and what was forgotten."""
     checkpoints = run.folder / "ablations" / slug(name) / "checkpoints"
-    start, rehearsed = partial(loftq, cfg) if name == LOFTQ else None, script.rehearsal(run, cfg)
+    start, rehearsed = partial(loftq, cfg) if name == LOFTQ else None, rehearsal.rows(run, cfg)
     model, trained, _ = script.train(cfg, rows, dev, checkpoints, data_hash, silent, rehearsed, start)
     tokenizer = models.load_tokenizer(cfg.model)
     examples = task.encode(tokenizer, test, cfg)
@@ -194,10 +194,8 @@ def main(run):
         table += [{"table": "ablation facts", "name": name, "metric": metric, "value": row["stats"][metric]}
                   for metric in SHOWN]
     stats.holm(table)
-    for kind in ("heldout", "general", "manners"):  # the differences of 04 in every seed
-        seeds = [row for name in SEEDS for row in table if row.get("kind") == kind
-                 and (row["table"], row["name"]) == ("ablation minus base", name)]
-        table += [stats.over_seeds("over seeds", seeds) | {"kind": kind}] if len(seeds) > 1 else []
+    table += stats.over_seeds([row for row in table if row["table"] == "ablation minus base"
+                               and row["name"] in SEEDS])  # the differences of 04 in every seed
     run.save(table)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from common import results
 
 QUESTIONS = Path(__file__).with_name("manners.jsonl")
-REHEARSED = Path(__file__).with_name("rehearsal.jsonl")  # other questions, for 03 to train on
 MOST_TOKENS = 48  # of an answer: a list of five items has 30
 NUMBERS = ["zero|ноль", "one|один", "two|два|две", "three|три", "four|четыре", "five|пять", "six|шесть",
            "seven|семь", "eight|восемь", "nine|девять", "ten|десять", "eleven|одиннадцать",

@@ -314,12 +314,6 @@ def best_base(measured: dict[str, dict]) -> str:
                key=lambda name: nll(measured[name]["heldout"]))
 
 
-def subpackages(rows: list[dict]) -> list[str] | None:
-    """The subpackage or module of each row of the corpus (networkx.algorithms.bipartite): functions of one
-    resemble each other. None for own data."""
-    return [".".join(row["name"].split(".")[:3]) for row in rows] if rows[0]["package"] != "own" else None
-
-
 def shots_of(run) -> list[tuple[str, str]]:
     """Worked examples for the few-shot baseline: SHOTS, or for own data its first three training rows, chats
     with all their turns."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from common import card, models, stats
+from common import card, corpus, models, stats
 from task2_encoder import task
 
 EXTREMES = 10  # queries of the lists "most improved" and "most harmed"
@@ -96,11 +96,11 @@ def main(run):
     stats.refuse_unchanged(before, after)
 
     # the headline: against the base in full precision, which 4 bits have not hurt
-    rows = []
+    rows, by_id = [], {row["id"]: row for row in test}
+    clusters = {"pool": corpus.subpackages([by_id[query] for query in searches["pool"].queries])}
     for name in [name for name in ("pool", "questions") if name in after]:
-        own = task.subpackages(test, searches[name].queries) if name == "pool" else None
         rows += stats.delta_rows("headline", "tuned minus fp32 base", stored["fp32 base"][name], after[name],
-                                 [task.MRR], clusters=own, kind=name)
+                                 [task.MRR], clusters=clusters.get(name), kind=name)
 
     # before and after, on every search, as features for topics, and on slices of the pool
     tables = {name: compared(name, before[name], after[name], task.METRICS, documents=len(search.documents))

@@ -314,13 +314,6 @@ METRICS = (
 ACCURACY = [Metric("accuracy", "accuracy of the topic", "correct", better="higher", binary=True)]
 
 
-def subpackages(rows: list, queries: dict) -> list[str] | None:
-    """The subpackage or module of each query of corpus `rows` (networkx.algorithms.bipartite): functions of
-    one resemble each other. None for own data."""
-    names = {row["id"]: ".".join(row["name"].split(".")[:3]) for row in rows if row["package"] != "own"}
-    return [names[query] for query in queries] if names else None
-
-
 def mean_mrr(items: list) -> float:
     return float(np.mean([reciprocal_rank(item) for item in items]))
 

@@ -283,15 +283,15 @@ def train(cfg, arm: Arm, folder: Path, texts: list[dict], dev: list[dict], made_
     batch_size = min(cfg.batch_size, len(windows.by_term(texts)))
     plan = stages(cfg, batch_size)
     parts = windows.split_into_stages(texts, {name: stage.texts for name, stage in plan.items()})
-    first = windows.interleave_terms(parts["a"], cfg.seed, batch_size)
-    jobs = {"init": partial(save_untrained, cfg, arm, folder / "init", dev, first)}
     source, seed = folder / "init", cfg.seed
+    for name, part in parts.items():
+        parts[name] = windows.interleave_terms(parts[name], seed, batch_size)
+        seed += max(map(len, windows.by_term(part)))  # no stage repeats the order of another
+    jobs = {"init": partial(save_untrained, cfg, arm, source, dev, parts["a"])}
     for name, stage in plan.items():
-        ordered = windows.interleave_terms(parts[name], seed, batch_size)
         target = folder / name
-        jobs[name] = partial(train_stage, cfg, arm, stage, source, target, ordered, batch_size, dev, log)
+        jobs[name] = partial(train_stage, cfg, arm, stage, source, target, parts[name], batch_size, dev, log)
         source = target
-        seed += max(map(len, windows.by_term(parts[name])))  # no stage repeats the order of another
     for name, job in jobs.items():
         yield name, results.cached(folder / name / "stage.json", [vars(cfg), made_from, arm.name, name], job)
 

@@ -150,10 +150,7 @@ def main(run):
         table += task.rows_of("seeds", "control", without[kind], **more)
         table += task.delta_rows("seeds", "new minus control", without[kind], with_new[kind], **more)
     stats.holm(table)
-    for kind, metric in itertools.product(tests, task.METRICS):
-        rows = [row for row in table if row["name"] == "new minus control"
-                and (row["kind"], row["metric"]) == (kind, metric.name)]
-        table += [stats.over_seeds("over seeds", rows) | {"kind": kind}] if len(rows) > 1 else []
+    table += stats.over_seeds([row for row in table if row["name"] == "new minus control"])
     run.save(table)
 
 

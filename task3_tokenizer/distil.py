@@ -20,9 +20,9 @@ def pairs(rows: list[dict], old, new) -> list[tuple]:
     found = []
     for row in rows:
         (before, there), (after, here) = (task.encode(tokenizer, row) for tokenizer in (old, new))
-        same = before[there[1]:] == after[here[1]:]  # else another term follows
-        found.append((before, after, 1 + len(before) - there[1] if same else None))
-    return [pair for pair in found if pair[2]]
+        if before[there[1]:] == after[here[1]:]:  # else another term follows
+            found.append((before, after, 1 + len(before) - there[1]))
+    return found
 
 
 def fit(model, ids: list[int], rows: list[dict], old, new, compute: str, epochs: int = 1) -> list[float]:
@@ -33,9 +33,9 @@ def fit(model, ids: list[int], rows: list[dict], old, new, compute: str, epochs:
     """
     plain, texts, start = embeddings.both(model), pairs(rows, old, new), task.start_ids(old)
     (values, *_), _ = embeddings.train_rows(model, ids)
-    steps = epochs * -(-len(texts) // BATCH)
+    starts = epochs * [*range(0, len(texts), BATCH)]
     optimizer = torch.optim.Adam([values], lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(starts))
     decoder, losses = model.get_decoder(), []
 
     def states(lines, counts):
@@ -45,8 +45,7 @@ def fit(model, ids: list[int], rows: list[dict], old, new, compute: str, epochs:
             hidden = decoder(**inputs, position_ids=positions, use_cache=False).last_hidden_state
         return torch.cat([line[-n:] for line, n in zip(hidden.float(), counts)])
 
-    for step in range(steps):
-        first = step * BATCH % (-(-len(texts) // BATCH) * BATCH)
+    for first in starts:
         before, after, counts = zip(*texts[first:first + BATCH])
         with torch.no_grad():
             target = states(before, counts)

@@ -150,7 +150,7 @@ def test_a_verdict_over_seeds_needs_an_effect_that_seeds_do_not_change(values, w
     """Student's t with two degrees of freedom: 4.303 standard errors on both sides of the mean."""
     rows = [{"name": "n", "metric": "m", "label": "l", "better": "higher", "verdict": "improved",
              "value": value} for value in values]
-    row = stats.over_seeds("over seeds", rows)
+    (row,) = stats.over_seeds(rows)
     assert row["seed_verdict"] == word and row["n"] == 3
     half = 4.30265 * np.std(values, ddof=1) / 3**0.5
     mean = np.mean(values)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from common import results, stats
-from task1_decoder import basket, manners, scoring, task
+from common import corpus, results, stats
+from task1_decoder import basket, rehearsal, scoring, task
 from tests.decoders import with_tokenizer
 
 CFG = task.Config()
@@ -49,11 +49,11 @@ def test_rehearsal_is_the_base_s_own_answers_drawn_by_seed(tiny_model_folder, tm
                            max_completion_tokens=6, **knobs)
         for file in tmp_path.glob("*.json"):
             file.unlink()
-        return train.rehearsal(SimpleNamespace(folder=tmp_path, track=silent_path), cfg)
+        return rehearsal.rows(SimpleNamespace(folder=tmp_path, track=silent_path), cfg)
     def silent_path(path):
-        assert path == manners.REHEARSED
+        assert path == rehearsal.QUESTIONS
     rows = rehearsed(rehearsal=0.1)
-    prompts = {row["prompt"] for row in results.read_rows(manners.REHEARSED)}
+    prompts = {row["prompt"] for row in results.read_rows(rehearsal.QUESTIONS)}
     assert len(rows) == 4 and {row["prompt"] for row in rows} < prompts
     assert rehearsed(rehearsal=0.1) == rows and rehearsed(rehearsal=0.1, seed=1) != rows
     assert rehearsed(rehearsal=0.0) == []
@@ -65,8 +65,8 @@ def test_a_base_is_chosen_by_its_held_out_likelihood():
     assert task.best_base({"a": measured(3), "b": measured(2), "c": measured(4)}) == "b"
     names = [{"name": "networkx.algorithms.cycles.simple_cycles", "package": "networkx"},
              {"name": "sklearn.base.clone", "package": "sklearn"}]
-    assert task.subpackages(names) == ["networkx.algorithms.cycles", "sklearn.base.clone"]
-    assert task.subpackages([{"name": "row 1", "package": "own"}]) is None
+    assert corpus.subpackages(names) == ["networkx.algorithms.cycles", "sklearn.base.clone"]
+    assert corpus.subpackages([{"name": "row 1", "package": "own"}]) is None
 
 
 def scored(model, tokenizer, rows, batch_size=40, **more):
