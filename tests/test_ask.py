@@ -23,6 +23,7 @@ def ask(steps, task: str, text: str, *more: str):
 def test_base_and_tuned_are_shown_side_by_side(task, text, lines, steps):
     own = steps(task)
     own.reach("03_train")
+    own.restore("04_eval")  # other tests use the same run
     done = ask(own, task, text)
     assert done.returncode == 0, done.stderr[-2000:]
     said = done.stdout[done.stdout.index("before:"):].rstrip("\n")
