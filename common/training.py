@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 
 import accelerate
@@ -54,7 +55,8 @@ def one_process(args):
 
 
 class Log(TrainerCallback):
-    """One key=value line through `log` for each reading, with `names` in front and those of `keys` it has.
+    """One key=value line through `log` for each reading: `names`, the step, what is left, those of `keys` it
+    has.
 
     SystemExit for a loss or gradient that is not finite: nothing after it would be worth keeping.
     """
@@ -62,13 +64,19 @@ class Log(TrainerCallback):
     def __init__(self, log, keys: tuple[str, ...], **names):
         self.log, self.keys, self.names = log, keys, names
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first = time.monotonic(), state.global_step
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         values = {key: logs[key] for key in self.keys if key in logs}
         if not all(math.isfinite(values.get(key, 0)) for key in ("loss", "grad_norm")):
             raise SystemExit(f"step {state.global_step}: loss {values['loss']}, gradient norm "
                              f"{values.get('grad_norm')}; lower the learning rate")
         if values and state.is_world_process_zero:
-            self.log(**self.names, step=f"{state.global_step}/{state.max_steps}", **values)
+            step, last = state.global_step, state.max_steps
+            left = (time.monotonic() - self.began) / 60 * (last - step) / max(1, step - self.first)
+            told = {"minutes_left": round(left, 1)} if step > self.first else {}  # not known at the first
+            self.log(**self.names, step=f"{step}/{last}", percent=f"{step / last:.0%}", **told, **values)
 
 
 class TensorBoard(TensorBoardCallback):

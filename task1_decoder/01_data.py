@@ -159,12 +159,9 @@ def length_rows(tokenizer, cfg, splits: dict[str, list[dict]]) -> list[dict]:
 
 def example_rows(tokenizer, example: dict) -> list[dict]:
     """One encoded example token by token: which of them are trained."""
-    rows = [{"table": "example", "position": position, "token": tokenizer.decode([i]), "id": i,
+    return [{"table": "example", "position": position, "token": tokenizer.decode([i]), "id": i,
              "trained": position >= len(example["prompt"])}
             for position, i in enumerate(example["prompt"] + example["answer"])]
-    for row in rows:
-        print(f"{row['position']:4} {row['id']:6} {'train' if row['trained'] else '  -  '} {row['token']!r}")
-    return rows
 
 
 def main(run):
@@ -190,7 +187,9 @@ def main(run):
     table += length_rows(tokenizer, cfg, splits)
     code, summary = task.SHOTS[2]  # ours, so it may be printed in full
     shown = splits["train"][0] if own else {"id": "ours", "prompt": code, "completion": summary}
-    table += example_rows(tokenizer, prompt.encode(shown))
+    example = prompt.encode(shown)
+    table += example_rows(tokenizer, example)
+    run.log(trained=repr(tokenizer.decode(example["answer"])), after_tokens=len(example["prompt"]))
 
     for split, part in splits.items():
         results.write_rows(run.folder / f"{split}.jsonl", part)

@@ -54,6 +54,10 @@ class HarnessLM(HFLM):
             add_special_tokens = False
         return super().tok_encode(string, add_special_tokens, **kwargs)
 
+    def loglikelihood(self, requests, disable_tqdm=True):
+        """Without the library's bar, which ends in log files."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         questions: dict[tuple, list[int]] = {}

@@ -393,6 +393,19 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_training(values):
         training.Log(silent, ("loss", "grad_norm")).on_log(None, state, None, values)
 
 
+def test_a_line_of_the_training_says_how_much_is_left(monkeypatch):
+    lines, clock = [], iter((100.0, 100.0, 160.0))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    log = training.Log(lambda **values: lines.append(values), ("loss",), stage="a")
+    state = SimpleNamespace(global_step=2, max_steps=8, is_world_process_zero=True)  # resumed at 2
+    log.on_train_begin(None, state, None)
+    log.on_log(None, state, None, {"loss": 3.0})
+    state.global_step = 4
+    log.on_log(None, state, None, {"loss": 2.0, "other": 1.0})
+    assert lines == [{"stage": "a", "step": "2/8", "percent": "25%", "loss": 3.0},
+                     {"stage": "a", "step": "4/8", "percent": "50%", "minutes_left": 2.0, "loss": 2.0}]
+
+
 # -------------------------------------------------------------------------------------------------- task 2
 
 def encoder_pairs(n: int) -> list[dict]:
