@@ -74,9 +74,10 @@ class Log(TrainerCallback):
                              f"{values.get('grad_norm')}; lower the learning rate")
         if values and state.is_world_process_zero:
             step, last = state.global_step, state.max_steps
-            left = (time.monotonic() - self.began) / 60 * (last - step) / max(1, step - self.first)
-            told = {"minutes_left": round(left, 1)} if step > self.first else {}  # not known at the first
-            self.log(**self.names, step=f"{step}/{last}", percent=f"{step / last:.0%}", **told, **values)
+            if done := step - self.first:  # at the first reading nobody knows what is left
+                left = (time.monotonic() - self.began) / 60 * (last - step) / done
+                values = {"minutes_left": round(left, 1), **values}
+            self.log(**self.names, step=f"{step}/{last}", percent=f"{step / last:.0%}", **values)
 
 
 class TensorBoard(TensorBoardCallback):

@@ -285,7 +285,7 @@ def train(cfg, arm: Arm, folder: Path, texts: list[dict], dev: list[dict], made_
     parts = windows.split_into_stages(texts, {name: stage.texts for name, stage in plan.items()})
     source, seed = folder / "init", cfg.seed
     for name, part in parts.items():
-        parts[name] = windows.interleave_terms(parts[name], seed, batch_size)
+        parts[name] = windows.interleave_terms(part, seed, batch_size)
         seed += max(map(len, windows.by_term(part)))  # no stage repeats the order of another
     jobs = {"init": partial(save_untrained, cfg, arm, source, dev, parts["a"])}
     for name, stage in plan.items():

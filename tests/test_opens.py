@@ -182,8 +182,9 @@ def test_lm_eval_reproduces_our_numbers(decoder, tiny_model_folder, tmp_path, op
                "accuracies as in 04; largest difference of a log-likelihood", difference)
 
 
-@pytest.mark.parametrize("folder", ["decoder/merged", "words/new/c2"])
-def test_gguf(folder, request, tmp_path, opened):
+@pytest.mark.parametrize("folder, left", [("decoder/merged", "task1_decoder/merged"),
+                                          ("words/new/c2", "task3_tokenizer/new/c2")])
+def test_gguf(folder, left, request, tmp_path, opened):
     """llama.cpp's converter if GGUF_CONVERTER says where it is, and its file read by transformers; else only
     that there is what it reads. It knows tokenizers by name, so it gets what `make smoke` left: converters of
     2025 took it as well and missed the rope_theta of transformers 5 (a logit differed by 2)."""
@@ -194,8 +195,7 @@ def test_gguf(folder, request, tmp_path, opened):
     if not CONVERTER:
         opened(folder, "gguf", "has the files it reads; the converter itself was not there", result="ok")
         return
-    source = results.ROOT / "runs" / "smoke" / {"decoder/merged": "task1_decoder/merged",
-                                                "words/new/c2": "task3_tokenizer/new/c2"}[folder]
+    source = results.ROOT / "runs" / "smoke" / left
     command = [sys.executable, CONVERTER, str(source), "--outtype", "f32", "--outfile", "model.gguf"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -396,7 +396,7 @@ def test_a_loss_or_gradient_that_is_no_number_ends_the_training(values):
 
 
 def test_a_line_of_the_training_says_how_much_is_left(monkeypatch):
-    lines, clock = [], iter((100.0, 100.0, 160.0))
+    lines, clock = [], iter((100.0, 160.0))
     monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
     log = training.Log(lambda **values: lines.append(values), ("loss",), stage="a")
     state = SimpleNamespace(global_step=2, max_steps=8, is_world_process_zero=True)  # resumed at 2
