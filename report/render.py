@@ -204,6 +204,12 @@ class Report:
             return None
         return f"{signed(row(own, **HEADS[task][-1]))}: {agreement(own, self.step(run, task, '04_eval'))}"
 
+    def stale(self, run: str) -> str:
+        """Which results of a run are stale and why, or that none is."""
+        found = [f"{task}/{step} ({reason})" for own, task, step in self.found if own == run
+                 if (reason := results.changed(self.root / run / task / f"{step}.json"))]
+        return "STALE: " + "; ".join(found) if found else "all results fresh"
+
     def bench(self, name: str) -> dict:
         """A comparison with named peers, as bench/ writes it."""
         path = self.root / "bench" / f"{name}.json"
@@ -284,7 +290,7 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
                     "command": results.command, "changed": results.changed, "knobs_of": knobs_of,
                     "root": root, "target": target, "fastest": fastest, "HEADS": HEADS, "STEPS": STEPS}
     env.globals |= {name: getattr(report, name) for name in (
-        "step", "used", "own_texts", "forest", "curve", "headline", "bench", "cost", "beside")}
+        "step", "used", "own_texts", "forest", "curve", "headline", "bench", "cost", "beside", "stale")}
     env.filters |= {"number": number, "p": p_value, "code": code, "label": label, "repr": repr,
                     "signed": signed, "clustered": clustered, "percent": percent}
     with matplotlib.rc_context(STYLE):
