@@ -17,6 +17,7 @@ Results of the profile "smoke" never get into the report.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -147,7 +148,23 @@ def knobs_of(task: str = "task*") -> dict[str, dict]:
     """{script: its `results.knobs`} of the scripts of a task or of all, what they share first."""
     paths = sorted(results.ROOT.glob(f"{task}/*.py"),
                    key=lambda path: (path.parent, path.stem != "task", path))
-    return {results.shown(path): results.knobs(path) for path in paths}
+    return {results.shown(path): read_knobs(path) for path in paths}
+
+
+read_knobs = functools.cache(results.knobs)  # every table of knobs asks for those of all scripts
+
+
+class Compiled(jinja2.BytecodeCache):
+    """Templates compiled once in a process: pages and documents share most of them."""
+
+    kept: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket):
+        if bucket.key + bucket.checksum in self.kept:
+            bucket.bytecode_from_string(self.kept[bucket.key + bucket.checksum])
+
+    def dump_bytecode(self, bucket):
+        self.kept[bucket.key + bucket.checksum] = bucket.bytecode_to_string()
 
 
 class Report:
@@ -285,7 +302,7 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
     report = Report(root, found, target)
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                              finalize=printed, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                             lstrip_blocks=True)
+                             lstrip_blocks=True, bytecode_cache=Compiled())
     env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": found,
                     "command": results.command, "changed": results.changed, "knobs_of": knobs_of,
                     "root": root, "target": target, "fastest": fastest, "HEADS": HEADS, "STEPS": STEPS}
