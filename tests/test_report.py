@@ -1,6 +1,7 @@
 """The report: repeatable, without smoke numbers, stopped by missing ones, open about staleness, escaped."""
 
 import json
+import re
 import shutil
 
 import jinja2
@@ -145,7 +146,7 @@ def test_documents_above_their_size_and_wide_tables_are_named(tmp_path):
     problems = render.form_problems({tmp_path / "report.md": f"{wide}\n" + "a" * 60_000,
                                      tmp_path / "results" / "cpu" / "README.md": wide})
     assert [line.split(":")[0] for line in problems] == [
-        "report.md has 60,021 bytes, at most 60,000 are wanted", "report.md"]
+        "report.md has 60,056 bytes, at most 60,000 are wanted", "report.md"]
 
 
 def test_check_names_a_knob_without_a_reason(folder, tmp_path, monkeypatch):
@@ -172,8 +173,8 @@ def test_a_figure_has_the_colour_of_the_verdict_in_the_table(folder):
         change(path, replaced)
         rendered = render.pages(folder, render.load_all(folder, "cpu", "task1_decoder"))
         lines = rendered[path.with_name("README.md")].splitlines()
-        line = next(line for line in lines if line.startswith("| piqa | accuracy | "))
-        assert line.endswith(f"| {verdict} |")
+        assert [line for line in lines if line.startswith("| piqa | accuracy | ")
+                and line.endswith(f"| 100 | {verdict} |")]
         figure = rendered[path.with_name("deltas.svg")]
         drawn = {name for name, (colour, _) in render.VERDICTS.items() if f"fill: {colour}" in figure}
         assert drawn == {verdict}
@@ -201,7 +202,7 @@ def test_a_result_cut_in_half_stops_with_its_name(folder):
 def test_an_edited_or_copied_result_stops_report_and_check(folder):
     path = folder / "cpu" / "task1_decoder" / "04_eval.json"
     text = path.read_text()
-    path.write_text(text.replace('"value": 3.9', '"value": 2.9', 1))
+    path.write_text(re.sub(r'"value": \d', '"value": 9', text, count=1))
     for function in (render.render, render.problems):
         with pytest.raises(SystemExit, match=r"04_eval\.json was edited or copied"):
             function(folder)
@@ -233,7 +234,7 @@ def test_no_markup_and_no_invisible_character_of_data_gets_through(show):
 @pytest.fixture
 def own(folder):
     """A run "own" on a user's file, as far as the pages of task 1 are concerned, with its texts in runs/."""
-    shutil.copytree(folder / "cpu", folder / "own")
+    shutil.copytree(folder / "cpu" / "task1_decoder", folder / "own" / "task1_decoder")
     for path in (folder / "own" / "task1_decoder").glob("*.json"):
         config = json.loads(path.read_text())["config"] | {"data": "my <rows>.csv", "instruction": "Sag es."}
         change(path, list, config=config, settings={"data": "my <rows>.csv"},
@@ -314,7 +315,7 @@ def test_two_runs_on_other_items_stand_with_an_interval_each(own):
 
 def test_the_summary_puts_a_run_beside_the_reference(own):
     """The same run under another name agrees, one of other data is not compared, another result differs."""
-    shutil.copytree(own / "cpu", own / "again")
+    shutil.copytree(own / "cpu" / "task1_decoder", own / "again" / "task1_decoder")
     path = own / "again" / "task1_decoder" / "04_eval.json"
     for each in path.parent.glob("*.json"):
         change(each, list)
