@@ -48,7 +48,7 @@ MOST_BYTES = {"report.md": 60_000, "report.ru.md": 25_000}
 FIGURES = (r"\b(19|20)\d\d\b|[^\W\d_][\w.-]*\d[\w.-]*|\b\d[\d.]*[BMБМ]\b|\b\d+(-| )(bits?|бит\w*)\b"
            r"|\b95 %|@\d+|^\| \d\.\d [^|]*\|[^|]*\||^\d+\. |^#+ .*$"
            r"|\b([Tt]asks?|[Зз]адач\w*) \d( and \d| и \d)?"
-           r"|\b(Python|Qwen|Gemma|macOS) \d[\d.]*((-| and | и )[\d.]+)?")
+           r"|\b(Python|transformers|Qwen|Gemma|macOS) \d[\d.]*((-| and | и )[\d.]+)?")
 STYLE = {"svg.hashsalt": "qlora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
          "axes.spines.right": False, "figure.facecolor": "white", "figure.constrained_layout.use": True,
          "lines.markersize": 4, "errorbar.capsize": 2, "legend.frameon": False, "legend.fontsize": 8}
