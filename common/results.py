@@ -49,7 +49,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 PROFILES = ("smoke", "cpu", "gpu")
 SOURCES = ("model", "data", "columns", "benchmark", "terms")  # knobs that are variables of the Makefile
 CHOICES = {"compute": ("auto", "bf16", "fp16", "fp32"), "precision": ("nf4", "bf16", "fp16", "fp32"),
-           "gradient_checkpointing": ("auto", "on", "off"), "together": ("", "package", "module")}
+           "gradient_checkpointing": ("auto", "on", "off")}
 LESS_MEMORY = "SET='eval_batch_size=.. rows_per_pass=..' lower, or a smaller MODEL="
 # Words in an error of the system or of a library, and what a user can do about it.
 REMEDIES = {os.strerror(errno.ENOSPC): "free some space", os.strerror(errno.EROFS): "make it writable",

@@ -60,8 +60,7 @@ def ablations(cfg) -> dict:
         "LoRA on the fp32 base": {"method": "lora"},
         # a tenth of LoRA's on a CPU, a fifth on a GPU; 2e-5 is usual for longer runs
         "full fine-tune, lr 1e-4": {"method": "full", "learning_rate": 1e-4},
-        "batches across packages": {"together": ""},
-        "batches within modules": {"together": "module"},
+        "batches across packages": {"within_package": False},
         "summaries as the only anchors": {"other_anchors": 0.0},
         "rank 4": {"lora_r": 4, "lora_alpha": 8},
         "lr 1e-4": {"learning_rate": 1e-4},

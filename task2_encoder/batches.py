@@ -12,9 +12,6 @@ from common import models, training
 from common.corpus import normalise
 from task2_encoder import task
 
-# Columns that the rows of a batch share as far as possible, by the knob `together`.
-TOGETHER = {"": (), "package": ("package",), "module": ("package", "module")}
-
 
 def with_other_anchors(rows: list) -> list[dict]:
     """`rows`, and after them a copy with each of their other "anchors" (own data has none) as "anchor"."""
@@ -37,28 +34,27 @@ def schedule(rows: list, lengths: list[tuple], cfg) -> list[list[int]]:
 
     `rows`: {"id", "group", "package", "anchor"} as from `with_other_anchors`, one of each id an epoch, drawn
     anew: the first, or with probability `cfg.other_anchors` one of the others. `lengths`: tokens of their
-    (anchor, positive). Rows of a span of `cfg.bucket` batches are sorted by what `cfg.together` names and the
-    positive's length, runs of 4 batches (of 1 within modules, which are small) again by the anchor's, so that
-    both columns pad little; then the batches of a span are shuffled. Rows that fill no batch are left to the
+    (anchor, positive). Rows of a span of `cfg.bucket` batches are sorted by package (if
+    `cfg.within_package`) and the positive's length, runs of 4 batches again by the anchor's, so that both
+    columns pad little; then the batches of a span are shuffled. Rows that fill no batch are left to the
     next epoch's draw. SystemExit if not even one batch can be filled.
     """
     rng, size, batches, copies = random.Random(cfg.seed), cfg.batch_size, [], defaultdict(list)
     for i, row in enumerate(rows):
         copies[row["id"]].append(i)
-    run_size = size if cfg.together == "module" else 4 * size
 
     def draw(own):
         return rng.choice(own[1:]) if own[1:] and rng.random() < cfg.other_anchors else own[0]
 
     def place(i):
-        return [rows[i].get(name, "") for name in TOGETHER[cfg.together]], lengths[i][1]
+        return rows[i]["package"] if cfg.within_package else "", lengths[i][1]
 
     while len(batches) < cfg.max_steps:
         before, order = len(batches), [draw(own) for own in rng.sample(list(copies.values()), len(copies))]
         for start in range(0, len(order), cfg.bucket * size):
             span, filled = sorted(order[start:start + cfg.bucket * size], key=place), []
-            for first in range(0, len(span), run_size):
-                run = sorted(span[first:first + run_size], key=lambda i: lengths[i][0])
+            for first in range(0, len(span), 4 * size):
+                run = sorted(span[first:first + 4 * size], key=lambda i: lengths[i][0])
                 filled += cut_by_group(run, rows, size)
             batches += rng.sample(filled, len(filled))
         if len(batches) == before:

@@ -17,7 +17,6 @@ CHANGED = {
     "precision": "fp32",
     "compute": "fp32",
     "gradient_checkpointing": "on",
-    "together": "module",
 }  # words of which only some are allowed
 
 
@@ -105,14 +104,6 @@ def test_a_default_has_the_type_that_is_written_beside_it(task):
 def test_a_word_or_number_that_cannot_be_is_said_before_anything_is_imported(text, word):
     with pytest.raises(SystemExit, match=word):
         results.parse_arguments(["--set", text], results.ROOT / "task1_decoder" / "03_train.py")
-
-
-def test_what_stands_together_in_a_batch_may_be_nothing_but_no_unknown_word():
-    batches = importlib.import_module("task2_encoder.batches")
-    assert batches.TOGETHER.keys() == set(results.CHOICES["together"])
-    assert results.value_of("together", "", "package") == ""
-    with pytest.raises(SystemExit, match="one of , package, module"):
-        results.value_of("together", "modules", "package")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -231,7 +222,7 @@ REACHED = {"on": True, "q_proj,v_proj": {"q_proj", "v_proj"}, "query,value": {"q
 SEEN_ELSEWHERE = {
     "model", "data", "columns", "benchmark", "instruction", "precision", "double_quant", "compute",
     "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "n_benchmark", "n_general", "memory_gib",
-    "rows_per_pass", "bucket", "together", "other_anchors", "query_prompt", "document_prompt",
+    "rows_per_pass", "bucket", "within_package", "other_anchors", "query_prompt", "document_prompt",
     "eval_batch_size", "terms", "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1",
     "texts_c2", "lr_rows", "batch_size", "distil_passes", "cuda_graphs", "liger", "rehearsal", "n_manners",
 }

@@ -314,7 +314,7 @@ def test_every_topic_is_known_in_every_fold():
 # ------------------------------------------------------------------------------------------------- batches
 
 def knobs(**changes):
-    own = dict(max_steps=30, batch_size=8, bucket=25, together="", other_anchors=0.0, seed=0)
+    own = dict(max_steps=30, batch_size=8, bucket=25, within_package=False, other_anchors=0.0, seed=0)
     return SimpleNamespace(**own | changes)
 
 
@@ -323,7 +323,7 @@ def test_no_group_stands_twice_in_a_batch_and_batches_are_alike_in_length():
     batch."""
     rng = random.Random(0)
     lengths = [(rng.randint(5, 40), rng.randint(10, 128)) for _ in range(200)]
-    rows = [{"id": i, "group": "big" if i < 30 else f"g{i}", "package": "ab"[i % 2], "module": i % 10,
+    rows = [{"id": i, "group": "big" if i < 30 else f"g{i}", "package": "ab"[i % 2],
              "anchor": f"anchor {i}"} for i in range(200)]
     order = batches.schedule(rows, lengths, knobs())
     assert len(order) == 30
@@ -338,12 +338,11 @@ def test_no_group_stands_twice_in_a_batch_and_batches_are_alike_in_length():
     assert len(first) == len(set(first))  # within an epoch no row comes twice
     assert order == batches.schedule(rows, lengths, knobs()) != batches.schedule(rows, lengths, knobs(seed=1))
 
-    def mixed(together, column="package", most=1):
-        again = batches.schedule(rows, lengths, knobs(together=together))
-        return sum(len({rows[i][column] for i in batch}) > most for batch in again)
+    def mixed(within_package):
+        again = batches.schedule(rows, lengths, knobs(within_package=within_package))
+        return sum(len({rows[i]["package"] for i in batch}) > 1 for batch in again)
 
-    assert mixed("") > 25 and mixed("package") < 8  # only where two packages meet in a span
-    assert mixed("module") < 8 and mixed("package", "module", 2) > 25 and mixed("module", "module", 2) == 0
+    assert mixed(False) > 25 and mixed(True) < 8  # only where two packages meet in a span
 
 
 def test_rows_come_with_their_other_anchors_as_often_as_asked_and_anew_in_every_epoch():
