@@ -21,6 +21,13 @@ def folder(tmp_path):
     return tmp_path / "results"
 
 
+@pytest.fixture
+def only_report(monkeypatch):
+    """No pages and no other document: they take most of the time."""
+    monkeypatch.setattr(render, "DOCUMENTS", {"report.md": render.DOCUMENTS["report.md"]})
+    monkeypatch.setattr(render, "pages", lambda root, found: {})
+
+
 def change(path, edit, **top) -> None:
     """Write a result anew with `edit` applied to its list of rows and the keys `top` replaced."""
     result = json.loads(path.read_text()) | {"run": path.parts[-3]} | top
@@ -90,7 +97,7 @@ def test_a_missing_reference_run_stops_the_rendering_with_its_name(folder):
         render.render(folder)
 
 
-def test_a_stale_result_is_named_with_its_reason_and_remedy(folder):
+def test_a_stale_result_is_named_with_its_reason_and_remedy(folder, only_report):
     path = folder / "cpu" / "task1_decoder" / "01_data.json"
     change(path, list, inputs={})
     assert not any("cpu/task1_decoder/01_data.json is stale" in line for line in render.problems(folder))
@@ -100,7 +107,7 @@ def test_a_stale_result_is_named_with_its_reason_and_remedy(folder):
     assert "task1_decoder/01_data (common/corpus.py changed)" in text_of(folder)
 
 
-def test_check_says_when_the_report_is_out_of_date(folder):
+def test_check_says_when_the_report_is_out_of_date(folder, only_report):
     outdated = f"{folder.parent / 'report.md'} is out of date: make report"
     assert outdated in render.problems(folder)
     for path, text in render.outdated(render.render(folder)).items():
@@ -149,7 +156,7 @@ def test_documents_above_their_size_and_wide_tables_are_named(tmp_path):
         "report.md has 60,056 bytes, at most 60,000 are wanted", "report.md"]
 
 
-def test_check_names_a_knob_without_a_reason(folder, tmp_path, monkeypatch):
+def test_check_names_a_knob_without_a_reason(folder, only_report, tmp_path, monkeypatch):
     script = tmp_path / "task9_example" / "03_train.py"
     lines = ["class Config:", "    # Rank of the adapter.", "    lora_r: int = 8", "", "    epochs: int = 1",
              'PROFILES = {"smoke": dict(lora_r=2)}', ""]
