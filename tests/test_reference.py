@@ -389,8 +389,10 @@ def test_an_adapter_that_reloads_wrongly_is_not_kept(tiny_model_folder, tmp_path
                                     {"loss": 1.0, "grad_norm": float("inf")}])
 def test_a_loss_or_gradient_that_is_no_number_ends_the_training(values):
     state = SimpleNamespace(global_step=3, max_steps=9, is_world_process_zero=True)
+    log = training.Log(silent, ("loss", "grad_norm"))
+    log.on_train_begin(None, state, None)
     with pytest.raises(SystemExit, match="step 3: loss"):
-        training.Log(silent, ("loss", "grad_norm")).on_log(None, state, None, values)
+        log.on_log(None, state, None, values)
 
 
 def test_a_line_of_the_training_says_how_much_is_left(monkeypatch):
