@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -204,7 +205,13 @@ def source_hash(path: Path) -> str:
     """Hash of a file or folder, for Python without comments and docstrings, which change no result."""
     if path.suffix != ".py":
         return sha256(path, whole=1 << 26)[:16]  # `make` asks for a model folder at every step: 0.05 s a GB
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return code_hash(path.read_text(encoding="utf-8"))
+
+
+@functools.cache  # the results of a run name the same modules again and again
+def code_hash(source: str) -> str:
+    """The `source_hash` of Python code."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         match node:
             case ast.AST(body=[ast.Expr(ast.Constant(str())), *rest]):

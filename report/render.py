@@ -1,21 +1,23 @@
-"""Render report.md, a page per run and task, and their figures from results/ with the Jinja2 templates here.
+"""Render the report, the READMEs, a page per run and task, and their figures from results/ with Jinja2.
 
     python -m report.render               write what changed (twice gives identical bytes)
     python -m report.render RUN[/TASK]    the pages of one run, or of one of its tasks
     python -m report.render RUN OTHER     two runs side by side: results/RUN+OTHER/TASK/README.md
     python -m report.render summary RUN   a line per task of a run beside the reference run of its profile
     python -m report.render check         exit 1 if something is out of date, a result is stale or edited,
-                                          or a knob has no reason
+                                          a knob has no reason, or the prose breaks a rule of `prose_problems`
 
-The prose and the choice of tables are in the templates: report.md.j2 includes one file per task, page.md.j2
-and pair.md.j2 serve all tasks. What a template prints goes through `printed`: a result row becomes
-"value [lo, hi]", a number is rounded, text is escaped. A row that a template asks for and a run does not have
-stops the rendering with its name. Results of the profile "smoke" never get into report.md.
+The prose is in en/ and ru/, where files of one name are translations of each other; numbers.j2 gives names to
+the numbers that it mentions; page.md.j2 and pair.md.j2 serve all tasks, details1.md.j2 and so on one each.
+What a template prints goes through `printed`: a result row becomes "value [lo, hi]", a number is rounded,
+text is escaped. A row that a template asks for and a run does not have stops the rendering with its name.
+Results of the profile "smoke" never get into the report.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -38,6 +40,15 @@ ESCAPES |= {"://": "&#58;//", "www.": "www&#46;", "\n": "<br>", "  ": "&nbsp; "}
 VERDICTS = {"improved": ("#0b4f8a", "o"), "worse": ("#d9480f", "X"), "no difference shown": ("#868e96", "d"),
             None: ("#212529", "|")}
 SERIES = (("#0b4f8a", "o", "-"), ("#e8590c", "s", "--"), ("#868e96", "d", ":"))  # colour, marker, line
+DOCUMENTS = {"report.md": "report.md.j2", "report.ru.md": "report.ru.md.j2", "README.md": "en/readme.md.j2",
+             "README.ru.md": "ru/readme.md.j2"}
+MOST_BYTES = {"report.md": 60_000, "report.ru.md": 25_000}
+# Figures that prose may have: years, names of models, formats, tasks and versions, the level of intervals,
+# @k, items of the assignment with their points.
+FIGURES = (r"\b(19|20)\d\d\b|[^\W\d_][\w.-]*\d[\w.-]*|\b\d[\d.]*[BMБМ]\b|\b\d+(-| )(bits?|бит\w*)\b"
+           r"|\b95 %|@\d+|^\| \d\.\d [^|]*\|[^|]*\||^\d+\. |^#+ .*$"
+           r"|\b([Tt]asks?|[Зз]адач\w*) \d( and \d| и \d)?"
+           r"|\b(Python|transformers|Qwen|Gemma|macOS) \d[\d.]*((-| and | и )[\d.]+)?")
 STYLE = {"svg.hashsalt": "qlora", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
          "axes.spines.right": False, "figure.facecolor": "white", "figure.constrained_layout.use": True,
          "lines.markersize": 4, "errorbar.capsize": 2, "legend.frameon": False, "legend.fontsize": 8}
@@ -54,7 +65,26 @@ def number(value, digits: int = 3) -> str:
     return f"{value:,.{digits}f}" if abs(value) >= 0.01 else f"{value:.2g}"
 
 
-def p_value(p: float | None) -> Markup:
+def signed(value) -> Markup:
+    """A difference: a number or a row with its interval, with a sign."""
+    row = value if isinstance(value, dict) else {"value": value}
+    shown = [f"{row[key]:+.3f}".replace("-", "\u2212") for key in ("value", "lo", "hi")
+             if row.get(key) is not None]
+    return Markup(shown[0] + (f" [{', '.join(shown[1:])}]" if shown[1:] else ""))
+
+
+def clustered(row: dict) -> Markup:
+    """The interval of a difference if whole clusters of items are drawn."""
+    return Markup(f"[{signed(row['cluster_lo'])}, {signed(row['cluster_hi'])}]")
+
+
+def percent(value: float, digits: int = 0) -> Markup:
+    return Markup(f"{100 * value:.{digits}f} %")
+
+
+def p_value(row: dict) -> Markup:
+    """The p of a row, after Holm's correction where it has one."""
+    p = row.get("p_holm", row.get("p"))
     return Markup("< 0.001") if p is not None and p < 0.001 else Markup("–" if p is None else f"{p:.3f}")
 
 
@@ -108,11 +138,33 @@ def like(result: dict, given: dict, **changes):
     return row(result, **{key: given[key] for key in keys if key in given} | changes)
 
 
+def fastest(result: dict, size: int) -> dict:
+    """Of a bench's rows with `size` rows a batch, the fastest that is no peer."""
+    return max((row for row in result["rows"] if row["rows"] == size and not row["peer"] and "ratio" in row),
+               key=lambda row: row["ratio"])
+
+
 def knobs_of(task: str = "task*") -> dict[str, dict]:
     """{script: its `results.knobs`} of the scripts of a task or of all, what they share first."""
     paths = sorted(results.ROOT.glob(f"{task}/*.py"),
                    key=lambda path: (path.parent, path.stem != "task", path))
-    return {results.shown(path): results.knobs(path) for path in paths}
+    return {results.shown(path): read_knobs(path) for path in paths}
+
+
+read_knobs = functools.cache(results.knobs)  # every table of knobs asks for those of all scripts
+
+
+class Compiled(jinja2.BytecodeCache):
+    """Templates compiled once in a process: pages and documents share most of them."""
+
+    kept: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket):
+        if bucket.key + bucket.checksum in self.kept:
+            bucket.bytecode_from_string(self.kept[bucket.key + bucket.checksum])
+
+    def dump_bytecode(self, bucket):
+        self.kept[bucket.key + bucket.checksum] = bucket.bytecode_to_string()
 
 
 class Report:
@@ -133,6 +185,54 @@ class Report:
         for key, result in self.found.items():
             values |= result["config"] if key[:2] == (run, task) else {}
         return values
+
+    def headline(self, run: str, task: str) -> dict:
+        """What the verdict of a run is about: {"what", "better", "before", "after", "difference", "seeds" (a
+        row over several trainings, or None), "verdict"}; see HEADS.
+        """
+        result, again = self.step(run, task, "04_eval"), self.found.get((run, task, "ablations"))
+        what, better, metric, kind, wanted = HEADS[task]
+        difference = row(result, **wanted)
+        before, after = {"name": "control c2"}, {"name": "new c2"}
+        if task == "task1_decoder":
+            before, after = {"name": difference["name"].removeprefix("tuned minus ")}, {"name": "tuned"}
+        elif task == "task2_encoder":
+            before, after = {"name": "fp32 base"}, {"name": "tuned"}
+        untrained = result if task == "task3_tokenizer" else self.step(run, task, "02_baseline")
+        sides = [row(where, table=kind, metric=metric, **which)
+                 for where, which in ((untrained, before), (result, after))]
+        seeds = rows(again, table="over seeds", kind=kind, metric=metric) if again else []
+        seeds = seeds[0] if seeds else None
+        return {"what": what, "better": better, "before": sides[0], "after": sides[1],
+                "difference": difference, "seeds": seeds,
+                "verdict": seeds["seed_verdict"] if seeds else difference["verdict"]}
+
+    def cost(self, run: str, task: str) -> dict:
+        """{"minutes", "GiB" (the peak)} of the four steps of a run."""
+        spent = [self.step(run, task, step)["cost"] for step in STEPS]
+        return {"minutes": sum(one["seconds"] for one in spent) / 60,
+                "GiB": max(one["peak_memory_bytes"] for one in spent) / 2**30}
+
+    def beside(self, run: str, task: str) -> str | None:
+        """The headline difference of the reader's own run `mine` of a profile, and whether it agrees with the
+        reference run named like the profile; None if there is none."""
+        own = self.found.get((MINE, task, "04_eval"))
+        if not own or own["profile"] != run:
+            return None
+        return f"{signed(row(own, **HEADS[task][-1]))}: {agreement(own, self.step(run, task, '04_eval'))}"
+
+    def stale(self, run: str) -> str:
+        """Which results of a run are stale and why, or that none is."""
+        found = [f"{task}/{step} ({reason})" for own, task, step in self.found if own == run
+                 if (reason := results.changed(self.root / run / task / f"{step}.json"))]
+        return "STALE: " + "; ".join(found) if found else "all results fresh"
+
+    def bench(self, name: str) -> dict:
+        """A comparison with named peers, as bench/ writes it."""
+        path = self.root / "bench" / f"{name}.json"
+        if not path.exists():
+            return jinja2.StrictUndefined(f"results/bench/{name}.json is missing")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def own_texts(self, run: str, task: str) -> dict[str, dict]:
         """{id: row} of the test rows of a run on own data; nothing of the corpus, whose texts are others'."""
@@ -202,12 +302,14 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
     report = Report(root, found, target)
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                              finalize=printed, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                             lstrip_blocks=True)
+                             lstrip_blocks=True, bytecode_cache=Compiled())
     env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": found,
                     "command": results.command, "changed": results.changed, "knobs_of": knobs_of,
-                    "root": root, "target": target, "step": report.step, "used": report.used,
-                    "own_texts": report.own_texts, "forest": report.forest, "curve": report.curve}
-    env.filters |= {"number": number, "p": p_value, "code": code, "label": label, "repr": repr}
+                    "root": root, "target": target, "fastest": fastest, "HEADS": HEADS, "STEPS": STEPS}
+    env.globals |= {name: getattr(report, name) for name in (
+        "step", "used", "own_texts", "forest", "curve", "headline", "bench", "cost", "beside", "stale")}
+    env.filters |= {"number": number, "p": p_value, "code": code, "label": label, "repr": repr,
+                    "signed": signed, "clustered": clustered, "percent": percent}
     with matplotlib.rc_context(STYLE):
         text = env.get_template(template).render(**given)
     return {target: re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", **report.figures}
@@ -259,36 +361,41 @@ def paired_rows(root: Path, both: list[dict]) -> list[dict]:
     return rows
 
 
-HEADS = {  # task -> (what its headline is, the row of 04 that has it)
-    "task1_decoder": ("NLL per token, tuned minus base",
-                      {"table": "heldout", "name": "delta", "metric": "nll_per_token"}),
-    "task2_encoder": ("MRR@10, tuned minus base", {"table": "pool", "name": "delta", "metric": "mrr@10"}),
-    "task3_tokenizer": ("bits per byte, new minus control", {
+STEPS = ("01_data", "02_baseline", "03_train", "04_eval")
+MINE = results.default_run("cpu")
+# task -> (what its headline is, the better direction, metric, table, the row of 04 with the difference)
+HEADS = {
+    "task1_decoder": ("NLL per token of held-out answers", "lower", "nll_per_token", "heldout",
+                      {"table": "headline", "metric": "nll_per_token"}),
+    "task2_encoder": ("MRR@10 of the search in the pool", "higher", "mrr@10", "pool",
+                      {"table": "headline", "kind": "pool"}),
+    "task3_tokenizer": ("bits per byte around the terms", "lower", "bits_per_byte", "term windows", {
         "table": "minus control: term windows", "name": "new c2", "metric": "bits_per_byte"})}
+
+
+def agreement(own: dict, reference: dict) -> str:
+    """Whether two results of 04 agree: their intervals overlap. They are not compared if a knob differs."""
+    differ = [knob for knob, value in own["config"].items() if reference["config"].get(knob, value) != value]
+    if differ:
+        return f"other {', '.join(differ)}"
+    one, other = (row(result, **HEADS[own["task"]][-1]) for result in (own, reference))
+    return "agrees" if one["lo"] <= other["hi"] and other["lo"] <= one["hi"] else "differs"
 
 
 def summary(root: Path, run: str) -> str:
     """A line per task that `run` has evaluated, beside the reference run of the same profile, in plain text.
-
-    They agree if their 95 % intervals overlap, and are not compared if a knob differs.
     """
-    def shown(one: dict) -> str:
-        return f"{one['value']:+.3f} [{one['lo']:+.3f}, {one['hi']:+.3f}]"
     lines = [("task", "what", run, "reference", "")]
     for (_, task, step), mine in load_all(root, run).items():
         path = root / mine["profile"] / task / "04_eval.json"
         if step != "04_eval":
             continue
-        what, wanted = HEADS[task]
-        own, other, said = row(mine, **wanted), "-", "no reference"
+        what, *_, wanted = HEADS[task]
+        other, said = "-", "no reference"
         if path.exists() and mine["profile"] != run:
             reference = results.read(path)
-            theirs, config = row(reference, **wanted), reference["config"]
-            other, differ = shown(theirs), [knob for knob, value in mine["config"].items()
-                                            if config.get(knob, value) != value]
-            said = "agrees" if own["lo"] <= theirs["hi"] and theirs["lo"] <= own["hi"] else "differs"
-            said = f"other {', '.join(differ)}" if differ else said
-        lines.append((task, what, shown(own), other, said))
+            other, said = signed(row(reference, **wanted)), agreement(mine, reference)
+        lines.append((task, what, signed(row(mine, **wanted)), other, said))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
                      for line in lines)
@@ -297,10 +404,13 @@ def summary(root: Path, run: str) -> str:
 # -- putting it together ---------------------------------------------------------------------------------
 
 def render(root: Path) -> dict[Path, str]:
-    """{path: text} of report.md, the pages and their figures, from the results in the folder `root`."""
-    found = load_all(root)
+    """{path: text} of report and README in both languages, the pages and their figures, from the results in
+    the folder `root`."""
+    found, filled = load_all(root), {}
     real = {key: result for key, result in found.items() if result["profile"] != "smoke"}
-    return fill("report.md.j2", root, real, root.parent / "report.md") | pages(root, found)
+    for name, template in DOCUMENTS.items():
+        filled |= fill(template, root, real, root.parent / name)
+    return filled | pages(root, found)
 
 
 def outdated(files: dict[Path, str]) -> dict[Path, str]:
@@ -309,9 +419,50 @@ def outdated(files: dict[Path, str]) -> dict[Path, str]:
             if not path.exists() or path.read_text(encoding="utf-8") != text}
 
 
+def bare_figures(source: str) -> list[str]:
+    """The words with a digit in a template's prose that are no reference to a result, no code and no link,
+    but for those that FIGURES allows."""
+    code = r"{#.*?#}|{{.*?}}|{%.*?%}|```.*?```|`[^`\n]*`"
+    for gone in (code, r"\[[^]\n]*\]\([^)\n]*\)", r"^    .*$", FIGURES):
+        source = re.sub(gone, "", source, flags=re.DOTALL if gone == code else re.MULTILINE)
+    return re.findall(r"\S*\d\S*", source)
+
+
+def prose_problems(folder: Path) -> list[str]:
+    """What is wrong with the templates of `folder`: figures typed into prose, and translations that mention
+    other numbers than the original or were not looked at after it changed (first line: its hash)."""
+    wrong = [f"report/{path.relative_to(folder)}: figure {figure!r} is typed, not a reference to a result"
+             for path in sorted(folder.glob("[er][nu]/*.j2"))
+             for figure in bare_figures(path.read_text(encoding="utf-8"))]
+    for path in sorted(folder.glob("ru/*.j2")):
+        original, text = folder / "en" / path.name, path.read_text(encoding="utf-8")
+        if original.exists():
+            source = original.read_text(encoding="utf-8")
+            names, others = (set(re.findall(r"\bt[1-3]\.\w+", words)) for words in (source, text))
+            if names != others:
+                wrong.append(f"report/ru/{path.name}: other numbers than in en/: {sorted(names ^ others)}")
+            if (now := results.digest(source)) not in text.partition("\n")[0]:
+                wrong.append(f"report/ru/{path.name}: en/{path.name} has changed: translate it, then write "
+                             f"{now} into the first line")
+    return wrong
+
+
+def form_problems(files: dict[Path, str]) -> list[str]:
+    """Rendered documents above their size, and tables with more than eight columns in them."""
+    wrong = []
+    for path, text in files.items():
+        if path.name in MOST_BYTES:
+            size = len(text.encode())
+            wrong += [f"{path.name} has {size:,} bytes, at most {MOST_BYTES[path.name]:,} are wanted"] * (
+                size > MOST_BYTES[path.name])
+            wrong += [f"{path.name}: a table of more than 8 columns: {line[:60]}"
+                      for line in text.splitlines() if re.fullmatch(r"\|( -+ \|){9,}", line)]
+    return wrong
+
+
 def problems(root: Path) -> list[str]:
     """What `check` complains about, a line each."""
-    found = []
+    found = prose_problems(Path(__file__).parent)
     for script, own in knobs_of().items():
         found += [f"{script}: knob {name!r} has no reason in a comment above it"
                   for name, knob in own.items() if not knob["reason"]]
@@ -320,7 +471,9 @@ def problems(root: Path) -> list[str]:
         if result["profile"] != "smoke" and (reason := results.changed(path)):
             remedy = results.command(path, result["profile"], result["settings"])
             found.append(f"{results.shown(path)} is stale ({reason}): {remedy}")
-    return found + [f"{results.shown(path)} is out of date: make report" for path in outdated(render(root))]
+    files = render(root)
+    return found + form_problems(files) + [f"{results.shown(path)} is out of date: make report"
+                                           for path in outdated(files)]
 
 
 def main(argv: list[str]) -> int:
