@@ -497,7 +497,9 @@ def environment() -> dict:
             env[package] = importlib.metadata.version(package)
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    env["device"] = f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores"
+    # the cores this process may use, where the system says (taskset, a container)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    env["device"] = f"{cpu[1] if cpu else platform.processor()}, {cores} cores"
     if cuda := accelerator():
         env["device"] = cuda.get_device_name()
 
