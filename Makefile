@@ -40,19 +40,19 @@ endif
 .NOTPARALLEL:
 .PHONY: all task1 task2 task3 ablations ask report check test test-all faults lint smoke setup help clean FORCE
 
-all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 33 min on 2 cores after set-up
+all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 31 min on 2 cores after set-up
 	@$(PY) -m report.render summary $(RUN)
 
-task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (11 min on 2 cores)
+task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (13 min on 2 cores)
 	@$(PY) -m report.render $(RUN)/task1_decoder
 
-task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (7 min on 2 cores)
+task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (8 min on 2 cores)
 	@$(PY) -m report.render $(RUN)/task2_encoder
 
-task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (15 min on 2 cores)
+task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (10 min on 2 cores)
 	@$(PY) -m report.render $(RUN)/task3_tokenizer
 
-ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (75 min on 2 cores)
+ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (125 min on 2 cores)
 
 # training on several GPUs of one host: tasks 1 and 2 (task 3's stages are too short to be worth it)
 $(R)/task1_decoder/03_train.json $(R)/task2_encoder/03_train.json: LAUNCH = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc_per_node $(NPROC) --)

@@ -6,7 +6,7 @@ costliest mistake of such comparisons.
 Reads   runs/<run>/task1_decoder/{test,train,choice}.jsonl of 01
 Writes  results/<run>/task1_decoder/02_baseline.json,
         runs/<run>/task1_decoder/items_base.json (per item, for 04)
-Needs   about 3.5 min and 4 GB on 2 cores
+Needs   about 5 min and 3 GB on 2 cores
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 Reads   runs/<run>/task1_decoder/{train,dev}.jsonl of 01
 Writes  results/<run>/task1_decoder/03_train.json, runs/<run>/task1_decoder/{adapter/,checkpoints/}
-Needs   about 3 min and 4.5 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from
+Needs   about 4 min and 4.5 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from
         the last checkpoint
 """
 

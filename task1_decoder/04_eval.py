@@ -5,7 +5,7 @@ Same items, same functions, same batch size as 02, in a fresh process that loads
 Reads   items_base.json of 02, adapter/ of 03
 Writes  results/<run>/task1_decoder/04_eval.json,
         runs/<run>/task1_decoder/{items_tuned.json,examples.md,merged/}
-Needs   about 4 min and 2 GB on 2 cores
+Needs   about 4 min and 3 GB on 2 cores
 """
 
 import sys

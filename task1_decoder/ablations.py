@@ -7,7 +7,7 @@ same command goes on with the row it was at.
 
 Reads   the knobs and data of 01-04 of the same run
 Writes  results/<run>/task1_decoder/ablations.json, runs/<run>/task1_decoder/ablations/
-Needs   about 4 min a row, 20 min in all, and 3 GB on 2 cores
+Needs   about 5 min a row, 40 min in all, and 4 GB on 2 cores
 """
 
 import sys

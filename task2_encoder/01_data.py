@@ -3,7 +3,7 @@
 Reads   the installed packages' source and questions.jsonl (or DATA=: a table or a hub id with
         `anchor`,`positive`)
 Writes  results/<run>/task2_encoder/01_data.json and runs/<run>/task2_encoder/{train,dev,test}.jsonl
-Needs   about 60 s and 1.5 GB the first time, 40 s with the parsed corpus cached under runs/assets/
+Needs   about 60 s and 2 GB the first time, 40 s with the parsed corpus cached under runs/assets/
 """
 
 import sys

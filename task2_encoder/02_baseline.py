@@ -4,7 +4,7 @@ A process of its own, in which no adapter exists.
 
 Reads   runs/<run>/task2_encoder/test.jsonl of 01, task2_encoder/questions.jsonl
 Writes  results/<run>/task2_encoder/02_baseline.json, runs/<run>/task2_encoder/items_base.json
-Needs   about 2 min and 2 GB on 2 cores
+Needs   about 2.5 min and 2 GB on 2 cores
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 Reads   runs/<run>/task2_encoder/{train,dev}.jsonl of 01
 Writes  results/<run>/task2_encoder/03_train.json, runs/<run>/task2_encoder/{adapter/,merged/,checkpoints/}
-Needs   about 2 min and 4 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the
+Needs   about 2 min and 3 GB on 2 cores; interrupted (Ctrl-C, kill, power), the same command resumes from the
         last checkpoint
 
 On N GPUs, `torchrun --nproc_per_node N --` in place of `python` splits every batch among N processes and

@@ -4,7 +4,7 @@ Same queries, same functions, same batch size as 02, in a fresh process that loa
 
 Reads   items_base.json of 02, adapter/ and merged/ of 03, task2_encoder/questions.jsonl
 Writes  results/<run>/task2_encoder/04_eval.json, runs/<run>/task2_encoder/{items_tuned.json,examples.md}
-Needs   about 2.5 min and 2 GB on 2 cores
+Needs   about 3 min and 2.5 GB on 2 cores
 """
 
 import sys

@@ -3,7 +3,7 @@
 Reads   terms.json, tokenizer/ and test.jsonl of 01, under runs/<run>/task3_tokenizer/
 Writes  results/<run>/task3_tokenizer/02_baseline.json, runs/<run>/task3_tokenizer/items_base.json (a score of
         each text, for the paired tests of 04)
-Needs   about 1 min and 2 GB on 2 cores
+Needs   about 30 s and 2 GB on 2 cores
 """
 
 import sys

@@ -8,7 +8,7 @@ optimizer: (a) rows of tokens only, (b) input embedding and output head, (c1) th
 Reads   terms.json, tokenizer/ and {train,dev}.jsonl of 01, under runs/<run>/task3_tokenizer/
 Writes  results/<run>/task3_tokenizer/03_train.json; checkpoints under runs/<run>/task3_tokenizer/, in
         {new,control}/{init,a,b,c1,c2}/
-Needs   about 7 min and 11 GB on 2 cores, 3 GB of disk. Interrupted, the same command goes on after the last
+Needs   about 6 min and 5.5 GB on 2 cores, 3 GB of disk. Interrupted, the same command goes on after the last
         finished stage.
 """
 

@@ -6,7 +6,7 @@ like a success of the new tokens.
 
 Reads   02_baseline.json and items_base.json of 02, {new,control}/ of 03
 Writes  results/<run>/task3_tokenizer/04_eval.json, runs/<run>/task3_tokenizer/items.json
-Needs   about 4 min and 8 GB on 2 cores
+Needs   about 3.5 min and 2.5 GB on 2 cores
 """
 
 import sys
