@@ -36,9 +36,9 @@ from task1_decoder.graphs import Graphs
 @dataclass(frozen=True)
 class Config(task.Config):
     # -- the adapter --
-    # Rank, a cap on capacity: 16 x (in + out) weights a layer, 4.9M in all, 3.6 % of the model. Rank hardly
-    # mattered in the QLoRA paper once all layers had one; raise it when more epochs stop lowering the
-    # training loss.
+    # Rank, a cap on capacity: 16 x (in + out) weights a layer, 4.9M in all, 3.6 % of the model (19.5M and
+    # 1.0 % of the one in run gpu). Rank hardly mattered in the QLoRA paper once all layers had one; 4 cost
+    # 0.01 to 0.02 nats here (make ablations). Raise it when more epochs stop lowering the training loss.
     lora_r: int = 16
     # The update is scaled by alpha / r = 2, the common default. It acts like a learning rate: tune that
     # one, keep this.
@@ -52,28 +52,29 @@ class Config(task.Config):
 
     # -- the optimiser --
     # Ten times the paper's 2e-4, because the model is small and the run is 75 steps, not 1,875: 96 steps
-    # took the dev loss from 4.20 to 3.13 at 1e-3 and to 3.11 at 2e-3. Halve it if the loss jumps after
-    # warm-up, and for models above 1B.
+    # of an earlier run took the dev loss from 4.20 to 3.13 at 1e-3 and to 3.11 at 2e-3. Halve it if the loss
+    # jumps after warm-up. 5e-4 on a GPU, untuned: larger models want less, and 400 steps need less.
     learning_rate: float = 2e-3
-    # 75 x 8 = 600 rows of 16,500: what 3 minutes on 2 cores afford at 2.2 s a step. A run of 90 had dev
-    # 3.00 at step 60 and 2.98 at its end: longer runs on these rows gain little. PROFILE=gpu sees 12,800
-    # rows, 0.8 of an epoch.
+    # 75 x 8 = 600 rows, 540 of the 15,914 functions and 60 of rehearsal: what 3 minutes on 2 cores afford at
+    # 2.5 s a step. An earlier run of 90 had dev 3.00 at step 60 and 2.98 at its end: longer runs on these
+    # rows gain little. On a GPU 400 x 32 = 12,800 rows, 0.8 of an epoch, take 1.5 minutes.
     max_steps: int = 75
     # Small, because steps are few: at the same 1,152 rows, 144 steps of 8 reached dev 3.09 where 72 of 16
-    # reached 3.11.
+    # reached 3.11 (earlier runs). 32 on a GPU, where steps are many and 8 rows leave most of it idle.
     batch_size: int = 8
     # Falls to zero, so the last steps average out the noise of small batches; the paper's constant rate
     # needs thousands of steps.
     schedule: str = "cosine"
-    # About 5 % of the steps: Adam's statistics are unreliable in the first steps.
+    # 5 % of the steps, 4 of 75 or 20 of 400: Adam's statistics are unreliable in the first steps.
     warmup_steps: int = 4
     # Norms run at 0.9-2.0 here, so 1.0, the library's default, trims most steps a little and caps the
     # outliers. The paper's 0.3 would leave only the direction. Untuned.
     max_grad_norm: float = 1.0
     # The adapter starts as no change and sees no row twice: nothing to shrink.
     weight_decay: float = 0.0
-    # The state is 2 x 4 bytes x 4.9M = 39 MB: nothing to page out, and 8 bits would save 29 MB. Fused took
-    # 16 ms of a 2.4 s step, plain 30 ms (measured, 2 cores). paged_adamw_8bit is for full fine-tuning.
+    # The state is 2 x 4 bytes x 4.9M = 39 MB (156 MB in run gpu): nothing to page out, and 8 bits would save
+    # 29 MB. Fused took 16 ms of a 2.4 s step, plain 30 ms (measured, 2 cores). paged_adamw_8bit is for full
+    # fine-tuning.
     optimizer: str = "adamw_torch_fused"
 
     # -- memory --
@@ -96,9 +97,9 @@ class Config(task.Config):
 
     # -- what it should not forget --
     # Share of the rows that are the base's own answers to general questions (rehearsal.jsonl): without them
-    # it answers everything as briefly as it describes functions. The base answers 56 of 106 such questions in
-    # 16 bits and 50 in 4; after training it was 30 with 0, 49 with 0.05 and 55 with 0.1, at a held-out NLL of
-    # 2.830, 2.840 and 2.840 (seed 0, on a GPU).
+    # it answers everything as briefly as it describes functions. In run gpu the base answers 55 of 106 such
+    # questions in 16 bits and 53 in 4; after training it is 29 with 0 and 52 with 0.1, at a held-out NLL of
+    # 2.680 and 2.690. An earlier run had 49 with 0.05.
     rehearsal: float = 0.1
 
     # -- watching it --
@@ -118,9 +119,9 @@ PROFILES = {
     "smoke": dict(max_steps=6, batch_size=4, eval_every=3, log_every=1, warmup_steps=1),
     "cpu": dict(),
     "gpu": dict(
-        max_steps=400,  # 12,800 of 16,500 rows, each once: three minutes on a big GPU
+        max_steps=400,  # 11,520 of the 15,914 functions, each once
         batch_size=32,  # keeps a big GPU busy, and gradients are less noisy
-        learning_rate=5e-4,  # larger models want less: dev 5.127 -> 2.669 in 120 steps of a trial; untuned
+        learning_rate=5e-4,  # larger models want less; untuned
         warmup_steps=20,  # 5 %
         eval_every=100,
         log_every=10,

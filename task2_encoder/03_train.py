@@ -65,24 +65,26 @@ class Config(task.Config):
 
     # -- the optimiser; the scale of the loss is in task.py --
     # Fifty times what full fine-tuning of such encoders takes (2e-5), because A x B starts at zero and the
-    # run is short. After 160 steps, MRR@10 among 1,500 dev functions was 0.620 at 5e-4, 0.629 at 1e-3 and
-    # 0.619 at 2e-3; one run each.
+    # run is short. After 160 steps of an earlier run, MRR@10 among 1,500 dev functions was 0.620 at 5e-4,
+    # 0.629 at 1e-3 and 0.619 at 2e-3; one run each. 5e-4 on a GPU, whose 300 steps want smaller ones: there
+    # 1e-4 to 1e-3 end within 0.01 of each other (make ablations).
     learning_rate: float = 1e-3
-    # 96 x 32 = 3,072 of 18,310 pairs, 90 s on 2 cores. Runs of 144 and 160 steps had nearly all their gain on
-    # dev by step 48; what follows moves up and down by 0.01, the noise of 400 functions.
+    # 96 x 32 = 3,072 of 17,762 pairs, 90 s on 2 cores. Earlier runs of 144 and 160 steps had nearly all their
+    # gain on dev by step 48; what follows moves up and down by 0.01, the noise of 400 functions. On a GPU
+    # 300 x 128 are two epochs in 50 s, of which the adapter of step 100 was kept: fewer would have done.
     max_steps: int = 96
-    # 31 negatives a pair. At the same number of pairs, 80 steps of 64 reached 0.624 where 160 of 32 reached
-    # 0.629 (1,500 dev functions, one run each): no reason for more on a CPU. On a GPU use 128: small batches
-    # leave it idle.
+    # 31 negatives a pair. At the same number of pairs, half the batch in twice the steps is no different on a
+    # CPU and on a GPU (make ablations). 128 on a GPU: small batches leave it idle.
     batch_size: int = 32
     # Fill batches from one package: a search has to tell functions of one library apart, and those are harder
-    # negatives than functions of another. 0.617 with it, 0.610 without (1,483 dev functions, one run each: a
-    # hint, not a proof; make ablations has the test). The hardest there are, neighbours in one module, took
-    # about 0.024 off MRR@10 of the test pool (GPU, one run). Own data is one package.
+    # negatives than functions of another. Without it MRR@10 is 0.012 lower on a CPU and 0.002 on a GPU, both
+    # no difference shown (make ablations). The hardest there are, neighbours in one module, took about 0.024
+    # off it in an earlier run. Own data is one package.
     within_package: bool = True
     # Share of the rows that are trained with another anchor than the summary, drawn anew in every epoch: a
     # question or a later sentence of the docstring (anchors.py), because nobody types summaries into a search
-    # box. Half, untuned: dev MRR@10 was 0.746 with it and 0.721 without. Own data has no other anchors.
+    # box. Half, untuned, and no better than 0 so far: make ablations shows no difference, neither in the pool
+    # nor for questions in people's words. Own data has no other anchors.
     other_anchors: float = 0.5
     # Falls to zero, so that late steps do not undo each other; the adapter kept is often an earlier one.
     schedule: str = "cosine"
@@ -122,7 +124,7 @@ PROFILES = {
     "smoke": dict(max_steps=4, batch_size=8, eval_every=2, log_every=1, warmup_steps=1),
     "cpu": dict(),
     "gpu": dict(
-        max_steps=300,  # two epochs of 18,000 pairs; in a run of four, dev rose by 0.01 from step 100 to 200
+        max_steps=300,  # two epochs of 17,762 pairs
         batch_size=128,
         warmup_steps=15,
         lora_dropout=0.05,  # pairs come back

@@ -1,8 +1,8 @@
 """Other anchors for a corpus function, made by rule: what people type into a search box is rarely a summary.
 
 `question` is the summary asked back, `later` a later sentence of the docstring; a row has those that the
-rules find. Words of the function's name, which are in its code as well, were tried as a third kind: with them
-the dev MRR@10 was 0.726, without 0.746, with summaries alone 0.721 (96 steps of 32, one run each).
+rules find. Words of the function's name, which are in its code as well, were tried as a third kind and took
+0.02 off the dev MRR@10 (96 steps of 32, one run each).
 """
 
 from __future__ import annotations

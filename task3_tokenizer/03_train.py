@@ -65,9 +65,9 @@ class Config(task.Config):
     texts_c2: int = 9
 
     # -- the optimizer; dev figures of one comment share texts, which differ from those of other comments --
-    # Rows in (a): 38 steps took dev bits per byte from 1.731 to 1.589 at 1e-2 and to 1.596 at 2e-2; with four
-    # more terms and 45 steps, from 1.796 to 1.723 at 1e-3, 1.682 at 3e-3 and 1.661 at 1e-2. Usual rates are
-    # for matrices of which every row is trained all the time.
+    # Rows in (a): 38 steps of an earlier run took dev bits per byte from 1.731 to 1.589 at 1e-2 and to 1.596
+    # at 2e-2; with four more terms and 45 steps, from 1.796 to 1.723 at 1e-3, 1.682 at 3e-3 and 1.661 at
+    # 1e-2. Usual rates are for matrices of which every row is trained all the time.
     lr_rows: float = 1e-2
     # The same rows in (b) and later, still a parameter of their own: dev after (c2) was 1.168 (control
     # 1.159), against 1.172 (1.161) when they were trained at the rate of the matrices.
@@ -75,9 +75,9 @@ class Config(task.Config):
     # Matrices in (b) and later, 28 million old weights: dev 1.564 at 1e-4, 1.516 at 3e-4, 1.435 at 1e-3. But
     # general English got better at 3e-4 (1.067 to 1.059 bits per byte) and worse at 1e-3 (1.069).
     lr_matrices: float = 3e-4
-    # LoRA weights have only 12 steps. Dev after (c1) was 1.370 at 1e-3 and lower at 2e-3, one run each, but
-    # 2e-3 is near the edge: with four Russian terms in batches of four (c2) diverged there, its loss rising
-    # from 2.9 to 4.2.
+    # LoRA weights have only 12 steps, 35 on a GPU. Dev after (c1) was 1.370 at 1e-3 and lower at 2e-3, one
+    # run each, but 2e-3 is near the edge: with four Russian terms in batches of four (c2) diverged there, its
+    # loss rising from 2.9 to 4.2.
     lr_lora: float = 1e-3
     # No decay: it pulls a row towards 0, which is no better place for a word.
     weight_decay: float = 0.0
