@@ -61,8 +61,10 @@ def number(value, digits: int = 3) -> str:
     if value is None:
         return "–"
     if value == int(value):
-        return f"{int(value):,}"
-    return f"{value:,.{digits}f}" if abs(value) >= 0.01 else f"{value:.2g}"
+        shown = f"{int(value):,}"
+    else:
+        shown = f"{value:,.{digits}f}" if abs(value) >= 0.01 else f"{value:.2g}"
+    return re.sub(r"^-", "\u2212", shown)
 
 
 def signed(value) -> Markup:
@@ -187,11 +189,11 @@ class Report:
         return values
 
     def headline(self, run: str, task: str) -> dict:
-        """What the verdict of a run is about: {"what", "better", "before", "after", "difference", "seeds" (a
-        row over several trainings, or None), "verdict"}; see HEADS.
+        """What the verdict of a run is about: {"what", "before", "after", "difference", "seeds" (a row over
+        several trainings, or None), "verdict"}; see HEADS.
         """
         result, again = self.step(run, task, "04_eval"), self.found.get((run, task, "ablations"))
-        what, better, metric, kind, wanted = HEADS[task]
+        what, metric, kind, wanted = HEADS[task]
         difference = row(result, **wanted)
         before, after = {"name": "control c2"}, {"name": "new c2"}
         if task == "task1_decoder":
@@ -203,7 +205,7 @@ class Report:
                  for where, which in ((untrained, before), (result, after))]
         seeds = rows(again, table="over seeds", kind=kind, metric=metric) if again else []
         seeds = seeds[0] if seeds else None
-        return {"what": what, "better": better, "before": sides[0], "after": sides[1],
+        return {"what": what, "before": sides[0], "after": sides[1],
                 "difference": difference, "seeds": seeds,
                 "verdict": seeds["seed_verdict"] if seeds else difference["verdict"]}
 
@@ -312,6 +314,8 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
                     "signed": signed, "clustered": clustered, "percent": percent}
     with matplotlib.rc_context(STYLE):
         text = env.get_template(template).render(**given)
+    if ".ru." in target.name:  # there a comma is the decimal sign
+        text = re.sub(r"(?<=\d),(?=\d{3}\b)", "\u00a0", text)
     return {target: re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", **report.figures}
 
 
@@ -363,23 +367,28 @@ def paired_rows(root: Path, both: list[dict]) -> list[dict]:
 
 STEPS = ("01_data", "02_baseline", "03_train", "04_eval")
 MINE = results.default_run("cpu")
-# task -> (what its headline is, the better direction, metric, table, the row of 04 with the difference)
+# task -> (what its headline is, metric, table, the row of 04 with the difference)
 HEADS = {
-    "task1_decoder": ("NLL per token of held-out answers", "lower", "nll_per_token", "heldout",
+    "task1_decoder": ("NLL per token of held-out answers", "nll_per_token", "heldout",
                       {"table": "headline", "metric": "nll_per_token"}),
-    "task2_encoder": ("MRR@10 of the search in the pool", "higher", "mrr@10", "pool",
+    "task2_encoder": ("MRR@10 of the search in the pool", "mrr@10", "pool",
                       {"table": "headline", "kind": "pool"}),
-    "task3_tokenizer": ("bits per byte around the terms", "lower", "bits_per_byte", "term windows", {
+    "task3_tokenizer": ("bits per byte around the terms", "bits_per_byte", "term windows", {
         "table": "minus control: term windows", "name": "new c2", "metric": "bits_per_byte"})}
 
 
 def agreement(own: dict, reference: dict) -> str:
-    """Whether two results of 04 agree: their intervals overlap. They are not compared if a knob differs."""
+    """Whether two results of 04 agree: their intervals overlap, and the versions that differ. They are not
+    compared if a knob differs."""
     differ = [knob for knob, value in own["config"].items() if reference["config"].get(knob, value) != value]
     if differ:
         return f"other {', '.join(differ)}"
     one, other = (row(result, **HEADS[own["task"]][-1]) for result in (own, reference))
-    return "agrees" if one["lo"] <= other["hi"] and other["lo"] <= one["hi"] else "differs"
+    said = "agrees" if one["lo"] <= other["hi"] and other["lo"] <= one["hi"] else "differs"
+    packages = ("torch", "transformers", "peft", "scikit-learn")
+    versions = [f"{name} {mine}, reference {theirs}" for name in packages
+                if (mine := own["env"].get(name)) != (theirs := reference["env"].get(name))]
+    return said + (f" ({'; '.join(versions)})" if versions else "")
 
 
 def summary(root: Path, run: str) -> str:
