@@ -297,7 +297,7 @@ def test_two_runs_side_by_side_are_paired_where_the_items_are_the_same(own):
     with_items(own, "own", other)
     page = render.side_by_side(own, "cpu", "own")[own / "cpu+own" / "task1_decoder" / "README.md"]
     line = next(line for line in page.splitlines() if line.startswith("| held-out rows | NLL per token"))
-    assert "-1 [" in line and "| < 0.001 | 24 | <code>own</code> |" in line
+    assert "\u22121 [" in line and "| < 0.001 | 24 | <code>own</code> |" in line
     line = next(line for line in page.splitlines() if line.startswith("| general English | NLL per token"))
     assert line.endswith("| – |")  # nats per token of two tokenizers have no difference
     assert "Both were scored on the same items" in page and "my &#60;rows&#62;.csv" in page
