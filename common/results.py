@@ -388,7 +388,8 @@ class Run:
                                  "another RUN=")
         knobs = dataclasses.asdict(self.cfg)
         for name, value in stored(knobs).items():
-            if result["config"].get(name, value) != value:
+            took = result["env"].get(name) if name == "compute" else None  # the format that "auto" stood for
+            if value not in (result["config"].get(name, value), took):
                 raise SystemExit(f"{shown(path)} was made with {name}={result['config'][name]!r}, this step "
                                  f"has {value!r}: give every step the same value, or another RUN= name")
         self.inputs[f"step:{step}"] = result_hash(result)

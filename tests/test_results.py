@@ -120,6 +120,16 @@ def test_settings_are_part_of_freshness(toy):
     assert fresh(toy, "02_b", "--set", "scale_02_b=5")[0]
 
 
+def test_the_number_format_that_auto_took_may_be_named(toy):
+    for step in ("01_a", "02_b"):
+        script = toy / "task9_toy" / f"{step}.py"
+        edit(script, "class Config:\n", 'class Config:\n    # a reason\n    compute: str = "auto"\n')
+        edit(script, "def main(run):\n", 'def main(run):\n    results.FACTS["compute"] = "bf16"\n')
+    assert run(toy, "01_a").returncode == 0
+    assert run(toy, "02_b", "--set", "compute=bf16").returncode == 0
+    assert "01_a.json was made with compute='auto'" in run(toy, "02_b", "--set", "compute=fp32").stderr
+
+
 def test_a_clone_without_runs_is_fresh_until_a_later_step_must_run(toy):
     (toy / "runs" / "mine" / "task9_toy" / "01_a.txt").unlink()
     assert states(toy) == [True, True, True]
