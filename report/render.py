@@ -314,7 +314,7 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
                     "signed": signed, "clustered": clustered, "percent": percent}
     with matplotlib.rc_context(STYLE):
         text = env.get_template(template).render(**given)
-    if ".ru." in target.name:  # there a comma is the decimal sign
+    if ".ru." in target.name:  # there a comma would be a decimal sign
         text = re.sub(r"(?<=\d),(?=\d{3}\b)", "\u00a0", text)
     return {target: re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", **report.figures}
 
