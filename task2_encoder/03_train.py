@@ -66,8 +66,8 @@ class Config(task.Config):
     # -- the optimiser; the scale of the loss is in task.py --
     # Fifty times what full fine-tuning of such encoders takes (2e-5), because A x B starts at zero and the
     # run is short. After 160 steps of an earlier run, MRR@10 among 1,500 dev functions was 0.620 at 5e-4,
-    # 0.629 at 1e-3 and 0.619 at 2e-3; one run each. 5e-4 on a GPU, whose 300 steps want smaller ones: there
-    # 1e-4 to 1e-3 end within 0.01 of each other (make ablations).
+    # 0.629 at 1e-3 and 0.619 at 2e-3; one run each. 5e-4 on a GPU, untuned: there 1e-4 to 1e-3 end within
+    # 0.01 of each other (make ablations).
     learning_rate: float = 1e-3
     # 96 x 32 = 3,072 of 17,762 pairs, 90 s on 2 cores. Earlier runs of 144 and 160 steps had nearly all their
     # gain on dev by step 48; what follows moves up and down by 0.01, the noise of 400 functions. On a GPU
@@ -128,7 +128,7 @@ PROFILES = {
         batch_size=128,
         warmup_steps=15,
         lora_dropout=0.05,  # pairs come back
-        learning_rate=5e-4,  # more steps want smaller ones; untuned
+        learning_rate=5e-4,  # untuned
         eval_every=50,
         workers=4,  # tokenising 256 texts takes 0.08 s, and a step took 0.25 s with it
     ),
