@@ -19,7 +19,7 @@ def ask(steps, task: str, text: str, *more: str):
 @pytest.mark.parametrize(("task", "text", "lines"), [
     ("task1_decoder", "Which number has the row counted from river", 1),
     ("task2_encoder", "river every stone 4", 5),
-    ("task3_tokenizer", "the river Zorbex quiet", 2)])
+    pytest.param("task3_tokenizer", "the river Zorbex quiet", 2, marks=pytest.mark.all)])
 def test_base_and_tuned_are_shown_side_by_side(task, text, lines, steps):
     own = steps(task)
     own.reach("03_train")

@@ -179,6 +179,7 @@ def test_two_processes_train_what_one_does(repo, own, whole):
     assert len(norms[0]) == 12 and norms[0] == pytest.approx(norms[1], rel=1e-3)  # one process prints
 
 
+@pytest.mark.all
 def test_labels_say_what_ran_and_an_ablation_is_trained_once(repo, own):
     """With an fp32 base there is one base, and nothing is called NF4."""
     arguments = [*own, "max_steps=2", "eval_every=2", "precision=fp32", "only=shuffled pairs"]
