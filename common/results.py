@@ -388,9 +388,9 @@ class Run:
                                  "another RUN=")
         knobs = dataclasses.asdict(self.cfg)
         for name, value in stored(knobs).items():
-            took = result["env"].get(name) if name == "compute" else None  # the format that "auto" stood for
-            if value not in (result["config"].get(name, value), took):
-                raise SystemExit(f"{shown(path)} was made with {name}={result['config'][name]!r}, this step "
+            made = result["config"].get(name, value)
+            if value not in (made, result["env"].get(name, made)):  # or what "auto" stood for
+                raise SystemExit(f"{shown(path)} was made with {name}={made!r}, this step "
                                  f"has {value!r}: give every step the same value, or another RUN= name")
         self.inputs[f"step:{step}"] = result_hash(result)
         UPSTREAM.update({name: value for name, value in result["env"].items() if name == "compute"})

@@ -20,6 +20,7 @@ LIBRARIES = [
     "datasets",
     "lm_eval.models.huggingface",
     "sentence_transformers",
+    "rouge_score.rouge_scorer",  # 04 of task 1 imports it late, when a memory limit is in force
     "scipy.stats",
     "sklearn",
 ]

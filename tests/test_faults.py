@@ -260,8 +260,7 @@ def test_runs_that_cannot_be_written_are_one_line(task, step, steps, record):
 def test_too_little_memory_is_one_line_that_names_the_knobs(task, step, steps, record):
     own, refused = steps(task), 0
     own.reach(step)
-    # MiB; with less the interpreter itself fails in odd ways, or nltk's import, which 04 of task 1 does late
-    least = 96 if task == "task2_encoder" else 48 if (task, step) == ("task1_decoder", "04_eval") else 12
+    least = 96 if task == "task2_encoder" else 12  # MiB; with less the interpreter itself fails, in odd ways
     for more in (least << (20 + doubled) for doubled in range(5)):
         own.restore(step)
         done = own.run(step, partial(breakage.limit_memory, more))

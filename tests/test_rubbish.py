@@ -103,7 +103,7 @@ def answered(call, seen: Counter) -> object:
         assert said and len(said.split("\n")) == 1 and "\r" not in said, repr(said)
         seen["refused"] += 1
     seconds = time.perf_counter() - started
-    assert seconds < 60, "a hang"  # the first call imports pandas, which takes seconds on a busy machine
+    assert seconds < 5
     seen["slowest_ms"] = max(seen["slowest_ms"], round(1000 * seconds))
     return value
 
@@ -146,7 +146,8 @@ def test_a_folder_of_texts_is_read_or_refused_in_one_line(tmp_path, record):
     kept(record, "data: folder of texts", seen)
 
 
-def test_any_name_of_a_source_is_answered_in_one_line(record):
+def test_any_name_of_a_source_is_answered_in_one_line(record, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # "" is the folder one is in, of which all texts are read
     seen, hub_id = Counter(), re.compile(r"[\w.@:-]+/[\w.@:-]+")
 
     @given(st.text(max_size=40) | st.text(alphabet="~/.:@ ax\n", max_size=8))
