@@ -1,5 +1,5 @@
 """What the benches share: the seconds of a training's steps, a process for each measurement, and the result,
-results/bench/<name>-<cpu|gpu>.json.
+results/bench/<name>-<gpu|cpu|cpu-bf16>.json: a CPU with fast bf16 computes in it and is another case.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def write(name: str, settings: dict, rows: list[dict], speed: str) -> None:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             env[package] = importlib.metadata.version(package)
-    path = FOLDER / f"{name}-{'gpu' if has_gpu() else 'cpu'}.json"
+    kind = "gpu" if has_gpu() else "cpu" if settings["compute"] == "fp32" else f"cpu-{settings['compute']}"
+    path = FOLDER / f"{name}-{kind}.json"
     if path.exists():
         old, now = results.read(path, "repeat the bench"), {(row["variant"], row.get("rows")) for row in rows}
         if (old["settings"], old["env"]) == (settings, env):

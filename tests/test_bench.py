@@ -25,16 +25,18 @@ def test_a_ratio_is_to_the_best_peer_of_the_same_size():
 def test_a_bench_run_in_parts_is_one_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measured, "FOLDER", tmp_path / "results" / "bench")
     monkeypatch.setattr(measured, "has_gpu", lambda: False)
-    measured.write("toy", {"steps": 4}, ROWS[:2], "speed")
-    measured.write("toy", {"steps": 4}, ROWS[2:], "speed")
+    measured.write("toy", {"steps": 4, "compute": "fp32"}, ROWS[:2], "speed")
+    measured.write("toy", {"steps": 4, "compute": "fp32"}, ROWS[2:], "speed")
     path = tmp_path / "results" / "bench" / "toy-cpu.json"
     stored = results.read(path)
     assert [(row["variant"], row["rows"]) for row in stored["rows"]] == [
         (row["variant"], row["rows"]) for row in ROWS]
     assert stored["rows"][2]["ratio"] == 1.5 and {"date", "commit", "device", "torch"} <= stored["env"].keys()
     assert "best peer" in capsys.readouterr().out and list(path.parent.iterdir()) == [path]
-    measured.write("toy", {"steps": 5}, ROWS[:1], "speed")  # other settings: another result
+    measured.write("toy", {"steps": 5, "compute": "fp32"}, ROWS[:1], "speed")  # other settings: another result
     assert len(json.loads(path.read_text())["rows"]) == 1
+    measured.write("toy", {"steps": 5, "compute": "bf16"}, ROWS[:1], "speed")  # a CPU with fast bf16
+    assert {file.stem for file in path.parent.iterdir()} == {"toy-cpu", "toy-cpu-bf16"}
 
 
 def test_warm_up_and_recordings_are_no_part_of_the_speed():
