@@ -110,6 +110,11 @@ def code(text: str, limit: int = 300) -> Markup:
     return Markup(f"<code>{printed(text if len(text) <= limit else text[:limit] + ' ...')}</code>")
 
 
+def short(verdict: str) -> str:
+    """A verdict as tables of report.md say it, in which most are of this kind."""
+    return {"no difference shown": "not shown"}.get(verdict, verdict)
+
+
 def label(row: dict) -> str:
     """What tables call the metric of a row."""
     return row.get("label", row["metric"].replace("_", " "))
@@ -311,7 +316,7 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
     env.globals |= {name: getattr(report, name) for name in (
         "step", "used", "own_texts", "forest", "curve", "headline", "bench", "cost", "beside", "stale")}
     env.filters |= {"number": number, "p": p_value, "code": code, "label": label, "repr": repr,
-                    "signed": signed, "clustered": clustered, "percent": percent}
+                    "signed": signed, "short": short, "clustered": clustered, "percent": percent}
     with matplotlib.rc_context(STYLE):
         text = env.get_template(template).render(**given)
     if ".ru." in target.name:  # there a comma would be a decimal sign
@@ -457,9 +462,13 @@ def prose_problems(folder: Path) -> list[str]:
 
 
 def form_problems(files: dict[Path, str]) -> list[str]:
-    """Rendered documents above their size, and tables with more than eight columns in them."""
+    """Rendered documents above their size, and tables with more than eight columns in them; in any file, a
+    table that a blank line tears apart, which shows its rest as plain text.
+    """
     wrong = []
     for path, text in files.items():
+        wrong += [f"{results.shown(path)}: a blank line inside a table, before {torn[2][:60]}"
+                  for torn in re.finditer(r"^(\|.*\|)\n\n(\|.*\|)\n(?!\|( -+ \|)+$)", text, re.MULTILINE)]
         if path.name in MOST_BYTES:
             size = len(text.encode())
             wrong += [f"{path.name} has {size:,} bytes, at most {MOST_BYTES[path.name]:,} are wanted"] * (

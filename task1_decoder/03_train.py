@@ -37,14 +37,14 @@ from task1_decoder.graphs import Graphs
 class Config(task.Config):
     # -- the adapter --
     # Rank, a cap on capacity: 16 x (in + out) weights a layer, 4.9M in all, 3.6 % of the model (19.5M and
-    # 1.0 % of the one in run gpu). Rank hardly mattered in the QLoRA paper once all layers had one; 4 cost
-    # 0.01 to 0.02 nats here (make ablations). Raise it when more epochs stop lowering the training loss.
+    # 1.0 % in run gpu). It hardly mattered in the QLoRA paper; 4 cost 0.01 to 0.02 nats here (make
+    # ablations). Raise it when more epochs stop lowering the training loss.
     lora_r: int = 16
     # The update is scaled by alpha / r = 2, the common default. It acts like a learning rate: tune that
     # one, keep this.
     lora_alpha: int = 32
-    # Nothing is seen twice in the CPU run, so there is nothing to overfit. 0.05 once the same rows come
-    # back for several epochs.
+    # Nothing is seen twice in runs cpu and gpu, so there is nothing to overfit. 0.05 once the same rows
+    # come back for several epochs.
     lora_dropout: float = 0.0
     # Every linear layer but the head, attention and MLP: the one choice the QLoRA paper found critical
     # (fig. 2); attention alone costs 0.02 to 0.04 nats here (make ablations). PEFT finds them in any
@@ -52,13 +52,14 @@ class Config(task.Config):
     target_modules: str = "all-linear"
 
     # -- the optimiser --
-    # Ten times the paper's 2e-4, because the model is small and the run is 75 steps, not 1,875: 96 steps
-    # of an earlier run took the dev loss from 4.20 to 3.13 at 1e-3 and to 3.11 at 2e-3. Halve it if the loss
-    # jumps after warm-up. 5e-4 on a GPU, untuned: larger models want less, and 400 steps need less.
+    # Ten times the paper's 2e-4: the model is small, and the run is 75 steps, not 1,875. 96 steps of an
+    # earlier run took the dev loss from 4.20 to 3.13 at 1e-3 and to 3.11 at 2e-3. Halve it if the loss jumps
+    # after warm-up. 5e-4 on a GPU, untuned: larger models and longer runs want less.
     learning_rate: float = 2e-3
     # 75 x 8 = 600 rows, 540 of the 15,914 functions and 60 of rehearsal: what 3 minutes on 2 cores afford at
     # 2.5 s a step. An earlier run of 90 had dev 3.00 at step 60 and 2.98 at its end. On a GPU 400 x 32 =
-    # 12,800 rows, 11,520 of them functions, take 1.5 minutes; dev falls from 3.07 at step 100 to 2.99.
+    # 12,800 rows are 0.8 epochs in 1.5 minutes of steps; dev falls from 3.07 at step 100 to 2.99. Own data:
+    # epochs x rows / batch_size, with two or three epochs.
     max_steps: int = 75
     # Small, because steps are few: at the same 1,152 rows, 144 steps of 8 reached dev 3.09 where 72 of 16
     # reached 3.11 (earlier runs). 32 on a GPU, where steps are many and 8 rows leave most of it idle.
@@ -99,8 +100,7 @@ class Config(task.Config):
     # -- what it should not forget --
     # Share of the rows that are the base's own answers to general questions (rehearsal.jsonl): without them
     # it answers everything as briefly as it describes functions. In run gpu the base answers 55 of 106 such
-    # questions in 16 bits and 53 in 4; after training it is 29 with 0 and 52 with 0.1, at a held-out NLL of
-    # 2.680 and 2.690. An earlier run had 49 with 0.05.
+    # questions in 16 bits, the tuned model 29 with 0 and 52 with 0.1, at a held-out NLL of 2.681 and 2.690.
     rehearsal: float = 0.1
 
     # -- watching it --
@@ -149,6 +149,7 @@ def load_model(cfg):
     base.config.use_cache = False
     # The adapter stays in fp32, PEFT's default: bf16 would round small updates away, and was no faster (4.5 s
     # a step of 16 rows, both).
+    # bias: none is trained, LoRA's usual way; SmolLM2 has none.
     return get_peft_model(base, LoraConfig(
         task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
         bias="none", target_modules=models.lora_targets(base, cfg.target_modules)))

@@ -41,7 +41,8 @@ class Config:
     instruction: str = CORPUS_INSTRUCTION
     # The frozen base, trained and scored alike. NormalFloat4: quantiles of a normal distribution, which
     # trained weights follow (Dettmers et al. 2023, arXiv:2305.14314, sec. 3). bf16, fp16 or fp32 if
-    # memory is plentiful: the row "bf16 LoRA" of make ablations is 0.06 to 0.08 nats better.
+    # memory is plentiful: the row "bf16 LoRA" of make ablations is 0.06 to 0.08 nats better, for weights
+    # that had been in another 4-bit format before.
     precision: str = "nf4"
     # Quantise the block scales too: 0.5 -> 0.127 bit a parameter (same paper), 5 MB of 112 here, 300 MB at
     # 7B. The paper measured no loss.

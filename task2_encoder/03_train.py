@@ -51,7 +51,8 @@ class Config(task.Config):
     base_dropout: float = 0.0
 
     # -- the adapter --
-    # Rank, a cap on capacity: 16 x (in + out) weights a layer, 0.66M in all, 2.9 % of the model.
+    # Rank, a cap on capacity: 16 x (in + out) weights a layer, 0.66M in all, 2.9 % of the model. 4 cost 0.014
+    # of MRR@10 on a GPU; on a CPU no difference is shown (make ablations).
     lora_r: int = 16
     # The update is scaled by alpha / r = 2, the common default. It acts like a learning rate: tune that one.
     lora_alpha: int = 32
@@ -73,18 +74,16 @@ class Config(task.Config):
     # gain on dev by step 48; what follows moves up and down by 0.01, the noise of 400 functions. On a GPU
     # 300 x 128 are two epochs in 50 s, of which the adapter of step 100 was kept: fewer would have done.
     max_steps: int = 96
-    # 31 negatives a pair. At the same number of pairs, half the batch in twice the steps is no different on a
-    # CPU and on a GPU (make ablations). 128 on a GPU: small batches leave it idle.
+    # 31 negatives a pair. For half the batch in twice the steps no difference is shown (make ablations). 128
+    # on a GPU: small batches leave it idle.
     batch_size: int = 32
-    # Fill batches from one package: a search has to tell functions of one library apart, and those are harder
-    # negatives than functions of another. Without it MRR@10 is 0.012 lower on a CPU and 0.002 on a GPU, both
-    # no difference shown (make ablations). The hardest there are, neighbours in one module, took about 0.024
-    # off it in an earlier run. Own data is one package.
+    # Fill batches from one package, whose functions are the harder negatives. Without it MRR@10 is 0.012
+    # lower on a CPU and 0.002 on a GPU, no difference shown (make ablations). The hardest, neighbours in one
+    # module, took about 0.024 off it in an earlier run. Own data is one package.
     within_package: bool = True
-    # Share of the rows that are trained with another anchor than the summary, drawn anew in every epoch: a
-    # question or a later sentence of the docstring (anchors.py), because nobody types summaries into a search
-    # box. Half, untuned, and no better than 0 so far: make ablations shows no difference, neither in the pool
-    # nor for questions in people's words. Own data has no other anchors.
+    # Share of the rows whose anchor is not the summary but a question or a later sentence of the docstring
+    # (anchors.py), drawn anew in every epoch, because nobody types summaries into a search box. Untuned, and
+    # no better than 0 so far: make ablations shows no difference. Own data has no other anchors.
     other_anchors: float = 0.5
     # Falls to zero, so that late steps do not undo each other; the adapter kept is often an earlier one.
     schedule: str = "cosine"
@@ -125,11 +124,11 @@ PROFILES = {
     "cpu": dict(),
     "gpu": dict(
         max_steps=300,  # two epochs of 17,762 pairs
-        batch_size=128,
-        warmup_steps=15,
+        batch_size=128,  # small batches leave a GPU idle
+        warmup_steps=15,  # 5 %
         lora_dropout=0.05,  # pairs come back
         learning_rate=5e-4,  # untuned
-        eval_every=50,
+        eval_every=50,  # six times
         workers=4,  # tokenising 256 texts takes 0.08 s, and a step took 0.25 s with it
     ),
 }
@@ -155,7 +154,7 @@ def load_model(cfg, method: str):
     if method != "full":
         has_pooler = getattr(model.transformers_model, "pooler", None) is not None
         targets = models.lora_targets(model.transformers_model, cfg.target_modules, skip=("pooler",))
-        torch.manual_seed(cfg.seed)  # LoRA's A is drawn by add_adapter
+        torch.manual_seed(cfg.seed)  # LoRA's A is drawn by add_adapter; bias: none is trained, its usual way
         model.add_adapter(LoraConfig(
             task_type="FEATURE_EXTRACTION", r=cfg.lora_r, lora_alpha=cfg.lora_alpha,
             lora_dropout=cfg.lora_dropout, bias="none", target_modules=targets,

@@ -59,9 +59,9 @@ class Config(task.Config):
     texts_a: int = 24
     # Enough to see what a stage adds, few enough that every old row of the matrices moves little.
     texts_b: int = 9
-    # As (b).
+    # As many as in (b), so that what the stages add can be compared.
     texts_c1: int = 9
-    # As (b).
+    # As many as in (b), for the same reason.
     texts_c2: int = 9
 
     # -- the optimizer; dev figures of one comment share texts, which differ from those of other comments --
@@ -89,15 +89,15 @@ class Config(task.Config):
     # Share of a stage's steps in which the rate rises, because Adam's statistics are unreliable in its first
     # steps.
     warmup: float = 0.1
-    # The rate falls to zero within each stage.
+    # The rate falls to zero within each stage, so that the next starts from weights that have settled.
     schedule: str = "cosine"
     # The library's default: it limits the effect of outliers.
     max_grad_norm: float = 1.0
 
     # -- the adapter of (c1) and (c2), merged after each --
-    # As in task 1.
+    # Rank, a cap on capacity; as in task 1, and untuned: 12 steps of a stage cannot fill it.
     lora_r: int = 16
-    # alpha / r = 2 as in task 1.
+    # The update is scaled by alpha / r = 2, the common default; lr_lora is tuned instead.
     lora_alpha: int = 32
     # No text is seen twice, so there is nothing to overfit.
     lora_dropout: float = 0.0
@@ -192,7 +192,7 @@ def train_stage(cfg, arm: Arm, stage: Stage, source: Path, target: Path, texts: 
         learn.append({"params": matrices, "lr": stage.lr_matrices})
     if stage.layers:
         attention = [name for name in models.linear_layers(model) if "attn" in name or "attention" in name]
-        model = get_peft_model(model, LoraConfig(
+        model = get_peft_model(model, LoraConfig(  # bias: none is trained; SmolLM2 has none
             task_type="CAUSAL_LM", r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout,
             bias="none", target_modules=attention if stage.layers == "attention" else stage.layers))
         for parameter in rows + matrices:  # PEFT freezes everything that it did not make
@@ -242,6 +242,7 @@ def fit(cfg, model, tokenizer, learn: list[dict], texts: list[dict], batch_size:
         per_device_train_batch_size=batch_size, train_sampling_strategy="sequential", max_steps=steps,
         lr_scheduler_type=cfg.schedule, warmup_steps=max(1, round(cfg.warmup * steps)),
         max_grad_norm=cfg.max_grad_norm, logging_steps=cfg.log_every, **training.options(precision))
+    # AdamW with a rate for each group; its state, two fp32 matrices at most, needs no 8 bits
     trainer = WindowTrainer(
         model=model, args=training.one_process(args), train_dataset=lines,
         data_collator=lambda batch: task.padded(batch, tokenizer.pad_token_id),

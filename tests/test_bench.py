@@ -33,7 +33,8 @@ def test_a_bench_run_in_parts_is_one_result(tmp_path, monkeypatch, capsys):
         (row["variant"], row["rows"]) for row in ROWS]
     assert stored["rows"][2]["ratio"] == 1.5 and {"date", "commit", "device", "torch"} <= stored["env"].keys()
     assert "best peer" in capsys.readouterr().out and list(path.parent.iterdir()) == [path]
-    measured.write("toy", {"steps": 5, "compute": "fp32"}, ROWS[:1], "speed")  # other settings: another result
+    # other settings: another result
+    measured.write("toy", {"steps": 5, "compute": "fp32"}, ROWS[:1], "speed")
     assert len(json.loads(path.read_text())["rows"]) == 1
     measured.write("toy", {"steps": 5, "compute": "bf16"}, ROWS[:1], "speed")  # a CPU with fast bf16
     assert {file.stem for file in path.parent.iterdir()} == {"toy-cpu", "toy-cpu-bf16"}

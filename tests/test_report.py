@@ -156,6 +156,13 @@ def test_documents_above_their_size_and_wide_tables_are_named(tmp_path):
         "report.md has 60,056 bytes, at most 60,000 are wanted", "report.md"]
 
 
+def test_a_table_torn_by_a_blank_line_is_named(tmp_path):
+    table = "| a |\n| --- |\n| 1 |\n"
+    assert not render.form_problems({tmp_path / "README.md": f"{table}\n{table}\nWords\n"})
+    problem, = render.form_problems({tmp_path / "README.md": f"{table}\n| 2 |\n\nWords\n"})
+    assert problem.endswith("a blank line inside a table, before | 2 |")
+
+
 def test_check_names_a_knob_without_a_reason(folder, only_report, tmp_path, monkeypatch):
     script = tmp_path / "task9_example" / "03_train.py"
     lines = ["class Config:", "    # Rank of the adapter.", "    lora_r: int = 8", "", "    epochs: int = 1",
