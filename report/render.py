@@ -115,6 +115,12 @@ def short(verdict: str) -> str:
     return {"no difference shown": "not shown"}.get(verdict, verdict)
 
 
+def asked(found: dict, run: str, task: str) -> dict[str, str]:
+    """The settings with which the four steps of a run were made: each keeps those of its own knobs."""
+    return {name: value for (own, of, step), result in found.items() if (own, of) == (run, task)
+            and step in STEPS for name, value in result["settings"].items()}
+
+
 def label(row: dict) -> str:
     """What tables call the metric of a row."""
     return row.get("label", row["metric"].replace("_", " "))
@@ -310,7 +316,7 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                              finalize=printed, undefined=jinja2.StrictUndefined, trim_blocks=True,
                              lstrip_blocks=True, bytecode_cache=Compiled())
-    env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": found,
+    env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": found, "asked": asked,
                     "command": results.command, "changed": results.changed, "knobs_of": knobs_of,
                     "root": root, "target": target, "fastest": fastest, "HEADS": HEADS, "STEPS": STEPS}
     env.globals |= {name: getattr(report, name) for name in (
@@ -484,10 +490,12 @@ def problems(root: Path) -> list[str]:
     for script, own in knobs_of().items():
         found += [f"{script}: knob {name!r} has no reason in a comment above it"
                   for name, knob in own.items() if not knob["reason"]]
-    for key, result in load_all(root).items():
+    loaded = load_all(root)
+    for key, result in loaded.items():
         path = root.joinpath(*key).with_suffix(".json")
         if result["profile"] != "smoke" and (reason := results.changed(path)):
-            remedy = results.command(path, result["profile"], result["settings"])
+            remedy = results.command(path, result["profile"],
+                                     asked(loaded, *key[:2]) | result["settings"])
             found.append(f"{results.shown(path)} is stale ({reason}): {remedy}")
     files = render(root)
     return found + form_problems(files) + [f"{results.shown(path)} is out of date: make report"

@@ -249,9 +249,10 @@ def test_no_markup_and_no_invisible_character_of_data_gets_through(show):
 def own(folder):
     """A run "own" on a user's file, as far as the pages of task 1 are concerned, with its texts in runs/."""
     shutil.copytree(folder / "cpu" / "task1_decoder", folder / "own" / "task1_decoder")
+    knobs = {"01_data": {"n_test": "40"}, "03_train": {"lora_r": "8"}}  # a step keeps those of its own
     for path in (folder / "own" / "task1_decoder").glob("*.json"):
         config = json.loads(path.read_text())["config"] | {"data": "my <rows>.csv", "instruction": "Sag es."}
-        change(path, list, config=config, settings={"data": "my <rows>.csv"},
+        change(path, list, config=config, settings={"data": "my <rows>.csv"} | knobs.get(path.stem, {}),
                inputs={"outside:my <rows>.csv": "0" * 16})
     examples = render.rows(results.read(folder / "own" / "task1_decoder" / "04_eval.json"), table="examples")
     results.write_rows(folder.parent / "runs" / "own" / "task1_decoder" / "test.jsonl", [
@@ -269,6 +270,16 @@ def test_the_page_of_an_own_run_says_what_a_user_asks(own):
     cells = {line.count("|") for line in page.splitlines() if "| held-out rows | " in line}
     assert cells == {3, 9} and "prove the path only" not in page
     assert "PROMPT" not in page_of(own, "cpu")  # of the corpus only names
+    again, = [line for line in page.splitlines() if line.startswith("| again ")]
+    assert "n_test=40" in again and "lora_r=8" in again
+
+
+def test_the_page_asks_with_the_system_message_that_the_rows_bring(own):
+    path = own.parent / "runs" / "own" / "task1_decoder" / "test.jsonl"
+    results.write_rows(path, [row | {"instruction": "Antworte."} for row in results.read_rows(path)])
+    page = page_of(own, "own")
+    assert "of each row its own, such as <code>Antworte.</code>" in page
+    assert """{"role": "system", "content": 'Antworte.'}""" in page
 
 
 def test_a_page_does_with_the_steps_there_are(own):
