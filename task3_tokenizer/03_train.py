@@ -95,7 +95,7 @@ class Config(task.Config):
     max_grad_norm: float = 1.0
 
     # -- the adapter of (c1) and (c2), merged after each --
-    # Rank, a cap on capacity; as in task 1, and untuned: 12 steps of a stage cannot fill it.
+    # Rank, a cap on capacity; as in task 1, untuned here.
     lora_r: int = 16
     # The update is scaled by alpha / r = 2, the common default; lr_lora is tuned instead.
     lora_alpha: int = 32
