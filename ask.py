@@ -26,7 +26,8 @@ def run_of(args, config_class) -> results.Run:
     folder = TASKS[args.task]
     result = results.read(results.ROOT / "results" / args.run / folder / "03_train.json")
     changes = {"model": args.model} if args.model else {}
-    named = SimpleNamespace(profile=result["profile"], run=args.run, settings=result["settings"])
+    settings = result["settings"]
+    named = SimpleNamespace(profile=result["profile"], run=args.run, settings=settings, asked=settings)
     return results.Run(named, results.ROOT / folder / "03_train.py",
                        results.config_of(config_class, result["config"], **changes))
 

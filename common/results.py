@@ -269,7 +269,7 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     """The arguments that every step takes, checked against the script's source, before anything is imported.
 
     `settings` keeps the knobs of this step: one SET serves `make`, so a knob of another step or task is no
-    error.
+    error, and `asked` keeps it for the command that a message proposes.
     """
     parser = argparse.ArgumentParser(prog=shown(script), description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -301,7 +301,8 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     if args.profile not in PROFILES:
         raise SystemExit(f"unknown profile {args.profile!r}: choose one of {', '.join(PROFILES)}")
     declared = everywhere.get(script.with_name("task.py"), {}) | everywhere[script]
-    args.settings = {name: value for name, value in sorted(settings.items()) if name in declared}
+    args.asked = dict(sorted(settings.items()))
+    args.settings = {name: value for name, value in args.asked.items() if name in declared}
     for name, text in args.settings.items():
         with contextlib.suppress(ValueError):  # a default that is no literal is text
             value_of(name, text, ast.literal_eval(declared[name]["value"]))
@@ -370,7 +371,7 @@ class Run:
         self.task, self.step = script.parent.name, script.stem
         self.folder = ROOT / "runs" / self.name / self.task  # weights, predictions, caches: git-ignored
         self.result_path = ROOT / "results" / self.name / self.task / f"{self.step}.json"
-        self.remedy = command(self.result_path, args.profile, args.settings)
+        self.remedy = command(self.result_path, args.profile, args.asked)
         self.inputs: dict[str, str] = {}
         self.verified: set[str] = set()  # artifacts of earlier steps
         self.started = time.monotonic()

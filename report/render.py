@@ -151,10 +151,10 @@ def like(result: dict, given: dict, **changes):
     return row(result, **{key: given[key] for key in keys if key in given} | changes)
 
 
-def fastest(result: dict, size: int) -> dict:
-    """Of a bench's rows with `size` rows a batch, the fastest that is no peer."""
-    return max((row for row in result["rows"] if row["rows"] == size and not row["peer"] and "ratio" in row),
-               key=lambda row: row["ratio"])
+def fastest(result: dict, size: int, peer: bool = False) -> dict:
+    """Of a bench's rows with `size` rows a batch, the fastest of ours or that of the best peer."""
+    return max((row for row in result["rows"] if row["rows"] == size and row["peer"] == peer
+                and "ratio" in row), key=lambda row: row["ratio"])
 
 
 def knobs_of(task: str = "task*") -> dict[str, dict]:

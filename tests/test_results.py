@@ -157,6 +157,8 @@ def test_half_a_result_is_stale_and_refused_as_input(toy):
     done = run(toy, "02_b")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "01_a.json is cut short" in done.stderr and "make task9" in done.stderr
+    done = run(toy, "02_b", "--set", "scale_01_a=5")  # the remedy keeps the knobs of other steps
+    assert 'make task9 SET="scale_01_a=5"' in done.stderr
 
 
 @pytest.mark.parametrize(
