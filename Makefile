@@ -1,4 +1,4 @@
-# Order of the steps, profiles, help. Whether a step has to run is decided by content hashes (python -m common.results fresh).
+# Order of the steps, profiles, help. Whether a step has to run is decided by content hashes (python -m pipeline.fresh).
 PROFILE ?= cpu
 MODEL ?=
 DATA ?=
@@ -57,7 +57,7 @@ ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/tas
 # training on several GPUs of one host: tasks 1 and 2 (task 3's stages are too short to be worth it)
 $(R)/task1_decoder/03_train.json $(R)/task2_encoder/03_train.json: LAUNCH = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc_per_node $(NPROC) --)
 $(R)/%.json: FORCE
-	@$(PY) -m common.results fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $(LAUNCH) $*.py $(ARGS) ;; *) exit 2 ;; esac
+	@$(PY) -m pipeline.fresh $@ $(ARGS); case $$? in 0) ;; 1) $(PY) $(LAUNCH) $*.py $(ARGS) ;; *) exit 2 ;; esac
 
 ask: setup                     ## TASK=1|2|3 PROMPT="...": base and tuned model of a RUN on a text of yours (20 s)
 	@$(PY) ask.py $(TASK) "$$PROMPT" --run $(RUN) $(if $(MODEL),--model "$(MODEL)")

@@ -15,21 +15,21 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules of this clone
 
-from common import results
+from pipeline import knobs, results, runner
 
 TASKS = {"1": "task1_decoder", "2": "task2_encoder", "3": "task3_tokenizer"}
 SHOWN = 5  # documents of a search
 
 
-def run_of(args, config_class) -> results.Run:
+def run_of(args, config_class) -> runner.Run:
     """The run as the functions of its task want it. SystemExit if its training has not ended."""
     folder = TASKS[args.task]
     result = results.read(results.ROOT / "results" / args.run / folder / "03_train.json")
     changes = {"model": args.model} if args.model else {}
     settings = result["settings"]
     named = SimpleNamespace(profile=result["profile"], run=args.run, settings=settings, asked=settings)
-    return results.Run(named, results.ROOT / folder / "03_train.py",
-                       results.config_of(config_class, result["config"], **changes))
+    return runner.Run(named, results.ROOT / folder / "03_train.py",
+                       knobs.config_of(config_class, result["config"], **changes))
 
 
 def decoder(args) -> dict[str, list[str]]:
@@ -39,7 +39,7 @@ def decoder(args) -> dict[str, list[str]]:
     from common import models
     from task1_decoder import scoring, task
     run = run_of(args, task.Config)
-    style = results.read_rows(run.artifact("01_data", "test.jsonl"))[0].get("style", "chat")
+    style = run.rows("test")[0].get("style", "chat")
     cfg, tokenizer = run.cfg, models.load_tokenizer(run.cfg.model)
     prompt = task.Prompt(tokenizer, cfg, style=style)
     examples = [prompt.encode({"id": "asked", "prompt": args.text, "completion": ""})]
@@ -57,7 +57,7 @@ def encoder(args) -> dict[str, list[str]]:
     """The documents of the pool that the base and the tuned encoder find first, by name or first line."""
     from task2_encoder import task
     run = run_of(args, task.Config)
-    rows = results.read_rows(run.artifact("01_data", "test.jsonl"))
+    rows = run.rows("test")
     pool = task.retrieval([row for row in rows if row["pool"]])
     asked = pool._replace(queries={"asked": args.text}, relevant={"asked": set()})
     own = run.cfg.data != "corpus"

@@ -28,7 +28,8 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from bench import measured
-from common import models, results, training
+from common import models, training
+from pipeline import knobs, results
 from task1_decoder import task
 from task1_decoder.graphs import Graphs
 
@@ -80,7 +81,7 @@ def trl(cfg, examples: list[dict], folder: str, clock, liger: bool):
 def measure(variant: str, model: str, rows: int, steps: int) -> dict:
     """Figures of one training."""
     profile = "gpu" if measured.has_gpu() else "cpu"
-    cfg = results.config_of(
+    cfg = knobs.config_of(
         step.Config, task.PROFILES[profile] | step.PROFILES[profile], model=model, batch_size=rows,
         max_steps=steps, warmup_steps=1, log_every=1, eval_every=10 * steps, **KNOBS.get(variant, {}))
     pool = rows_of(cfg)

@@ -32,7 +32,9 @@ from sentence_transformers.base.sampler import BatchSamplers
 from transformers import PrinterCallback
 
 from bench import measured
-from common import models, results, training
+from common import models, training
+from pipeline import knobs, results
+from sources import pretrained
 from task2_encoder import task
 
 data, step = (importlib.import_module(f"task2_encoder.{name}") for name in ("01_data", "03_train"))
@@ -52,7 +54,7 @@ def rows_of(seed: int) -> dict[str, list[dict]]:
 
 def stock(cfg, rows: list[dict], folder: str, clock) -> None:
     """A training with the library's defaults."""
-    model = SentenceTransformer(models.resolve(cfg.model), device=str(models.device()), model_kwargs={
+    model = SentenceTransformer(pretrained.resolve(cfg.model), device=str(models.device()), model_kwargs={
         "quantization_config": models.nf4(cfg.compute, cfg.double_quant, skip=["pooler"])})
     models.keep_gradients(model)
     model.max_seq_length = cfg.max_tokens
@@ -79,7 +81,7 @@ def stock(cfg, rows: list[dict], folder: str, clock) -> None:
 def measure(variant: str, model: str, rows: int, steps: int) -> dict:
     """Figures of one training."""
     profile = "gpu" if measured.has_gpu() else "cpu"
-    cfg = results.config_of(
+    cfg = knobs.config_of(
         step.Config, task.PROFILES[profile] | step.PROFILES[profile], model=model, batch_size=rows,
         max_steps=steps, warmup_steps=1, log_every=1, eval_every=steps)
     splits, clock = rows_of(cfg.seed), measured.Clock()

@@ -16,7 +16,8 @@ import time
 import torch
 
 from bench import measured
-from common import models, results
+from common import models
+from pipeline import results
 
 SPEED = "items_per_second"
 

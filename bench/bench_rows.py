@@ -20,7 +20,8 @@ import torch
 from transformers import Trainer
 
 from bench import measured
-from common import models, results
+from common import models
+from pipeline import knobs, results
 from task3_tokenizer import embeddings, task, windows
 
 script = importlib.import_module("task3_tokenizer.03_train")
@@ -60,7 +61,7 @@ def main(steps: int, run: str) -> None:
     if not (folder / "new" / "init").exists():
         raise SystemExit(f"{results.shown(folder / 'new' / 'init')} is missing: make task3 RUN={run}")
     stored = results.read(results.ROOT / "results" / run / "task3_tokenizer" / "03_train.json")
-    cfg = results.config_of(script.Config, stored["config"], log_every=1)
+    cfg = knobs.config_of(script.Config, stored["config"], log_every=1)
     lexicon = task.lexicon(SimpleNamespace(cfg=cfg, artifact=lambda step, name: folder / name))
     rows = windows.interleave_terms(results.read_rows(folder / "train.jsonl"), 0, cfg.batch_size)
     stats: dict[str, list[dict]] = {"PEFT": [], "ours": []}

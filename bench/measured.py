@@ -17,7 +17,7 @@ import time
 import torch
 from transformers import TrainerCallback
 
-from common import results
+from pipeline import results, runner
 
 FOLDER = results.ROOT / "results" / "bench"
 PACKAGES = ("trl", "liger-kernel", "triton")  # versions beside those of every result
@@ -67,7 +67,7 @@ class Clock(TrainerCallback):
         step = statistics.mean(seconds[i] for i in steady)
         warm_up = max(0.0, sum(seconds) - len(seconds) * step)
         return {f"{what}_per_second": sum(counts[i] for i in steady) / sum(seconds[i] for i in steady),
-                "peak_GiB": results.peak_memory() / 2**30, "loss_first": self.losses[0],
+                "peak_GiB": runner.peak_memory() / 2**30, "loss_first": self.losses[0],
                 "loss_last_5": statistics.mean(self.losses[-5:]), "steps": len(seconds),
                 "step_seconds": step, "warm_up_seconds": warm_up,
                 f"seconds_of_{RUN}_steps": warm_up + RUN * step}
@@ -124,7 +124,7 @@ def write(name: str, settings: dict, rows: list[dict], speed: str) -> None:
     Rows of an earlier call for the same settings, on the same day, machine and commit stay, so that a bench
     can be run in parts.
     """
-    env = results.environment()
+    env = runner.environment()
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             env[package] = importlib.metadata.version(package)

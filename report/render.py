@@ -31,7 +31,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from common import results
+from pipeline import fresh, knobs, results
 
 # what Markdown, HTML, links that are found without brackets, and formulas are made of
 ESCAPES = {character: f"&#{ord(character)};" for character in "&<>|*`[~$\\"}
@@ -158,13 +158,13 @@ def fastest(result: dict, size: int, peer: bool = False) -> dict:
 
 
 def knobs_of(task: str = "task*") -> dict[str, dict]:
-    """{script: its `results.knobs`} of the scripts of a task or of all, what they share first."""
+    """{script: its `knobs.read`} of the scripts of a task or of all, what they share first."""
     paths = sorted(results.ROOT.glob(f"{task}/*.py"),
                    key=lambda path: (path.parent, path.stem != "task", path))
     return {results.shown(path): read_knobs(path) for path in paths}
 
 
-read_knobs = functools.cache(results.knobs)  # every table of knobs asks for those of all scripts
+read_knobs = functools.cache(knobs.read)  # every table of knobs asks for those of all scripts
 
 
 class Compiled(jinja2.BytecodeCache):
@@ -237,7 +237,7 @@ class Report:
     def stale(self, run: str) -> str:
         """Which results of a run are stale and why, or that none is."""
         found = [f"{task}/{step} ({reason})" for own, task, step in self.found if own == run
-                 if (reason := results.changed(self.root / run / task / f"{step}.json"))]
+                 if (reason := fresh.changed(self.root / run / task / f"{step}.json"))]
         return "STALE: " + "; ".join(found) if found else "all results fresh"
 
     def bench(self, name: str) -> dict:
@@ -317,7 +317,7 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
                              finalize=printed, undefined=jinja2.StrictUndefined, trim_blocks=True,
                              lstrip_blocks=True, bytecode_cache=Compiled())
     env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": found, "asked": asked,
-                    "command": results.command, "changed": results.changed, "knobs_of": knobs_of,
+                    "command": results.command, "changed": fresh.changed, "knobs_of": knobs_of,
                     "root": root, "target": target, "fastest": fastest, "HEADS": HEADS, "STEPS": STEPS}
     env.globals |= {name: getattr(report, name) for name in (
         "step", "used", "own_texts", "forest", "curve", "headline", "bench", "cost", "beside", "stale")}
@@ -493,7 +493,7 @@ def problems(root: Path) -> list[str]:
     loaded = load_all(root)
     for key, result in loaded.items():
         path = root.joinpath(*key).with_suffix(".json")
-        if result["profile"] != "smoke" and (reason := results.changed(path)):
+        if result["profile"] != "smoke" and (reason := fresh.changed(path)):
             remedy = results.command(path, result["profile"],
                                      asked(loaded, *key[:2]) | result["settings"])
             found.append(f"{results.shown(path)} is stale ({reason}): {remedy}")

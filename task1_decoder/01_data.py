@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import itertools
 import random
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common import corpus, models
+from common import models, stats
+from sources import corpus
 from task1_decoder import task
 
 
@@ -61,7 +62,7 @@ def own_rows(run) -> tuple[list[dict], dict[str, int]]:
     """DATA= rows without near-duplicates, split by seed; a `text` becomes its first quarter and the rest."""
     cfg = run.cfg
     least = cfg.n_test + cfg.n_dev + 32
-    from common import data
+    from sources import data
     table = data.read_table(cfg.data, data.FORMS["task1_decoder"], minimum=least, columns=cfg.columns)
     if cfg.instruction == task.CORPUS_INSTRUCTION:
         data.check_instruction(cfg.data, table[0])
@@ -150,10 +151,9 @@ def length_rows(tokenizer, cfg, splits: dict[str, list[dict]]) -> list[dict]:
             texts = [asked(row) if side == "prompt" else row[side] for row in part]
             ids = tokenizer(texts, add_special_tokens=False).input_ids
             lengths = np.array([len(text) + eos for text in ids])
-            values = {f"p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)}
-            values["cut_share"] = float(np.mean(lengths > limit))
-            table += [{"table": "tokens", "name": split, "metric": f"{side}_tokens_{name}", "value": value,
-                       "n": len(part)} for name, value in values.items()]
+            values = {f"{side}_tokens_p{q}": float(np.percentile(lengths, q)) for q in (50, 90, 99)}
+            values[f"{side}_tokens_cut_share"] = float(np.mean(lengths > limit))
+            table += stats.facts("tokens", split, values, n=len(part))
     return table
 
 
@@ -177,18 +177,22 @@ def main(run):
     leaked = leaks(splits, own)
 
     prompt = task.Prompt(tokenizer, cfg, style=splits["test"][0].get("style", "chat"))
-    table = [{"table": "counts", "name": "all", "metric": name, "value": n} for name, n in counts.items()]
-    table += [{"table": "leaks", "name": split, "metric": kind, "value": n, "n": counts[split]}
-              for (split, kind), n in leaked.items()]
+    table = stats.facts("counts", "all", counts)
+    for (split, kind), n in leaked.items():
+        table += stats.facts("leaks", split, {kind: n}, n=counts[split])
     if not own:
         sizes_of = Counter(row["package"] for row in rows)
-        table += [{"table": "packages", "name": name, "metric": version, "value": sizes_of[name]}
-                  for name, version in corpus.versions().items()]
+        for name, version in corpus.versions().items():
+            table += stats.facts("packages", name, {version: sizes_of[name]})
     table += length_rows(tokenizer, cfg, splits)
     code, summary = task.SHOTS[2]  # ours, so it may be printed in full
     shown = splits["train"][0] if own else {"id": "ours", "prompt": code, "completion": summary}
     example = prompt.encode(shown)
     table += example_rows(tokenizer, example)
+    cut = {row["metric"].partition("_")[0]: row["value"] for row in table
+           if row.get("name") == "train" and row["metric"].endswith("cut_share")}
+    run.log(cut_prompts=f"{cut['prompt']:.0%}", max_prompt_tokens=cfg.max_prompt_tokens,
+            cut_completions=f"{cut['completion']:.0%}", max_completion_tokens=cfg.max_completion_tokens)
     run.log(trained=repr(tokenizer.decode(example["answer"])), after_tokens=len(example["prompt"]))
 
     for split, part in splits.items():
@@ -201,4 +205,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

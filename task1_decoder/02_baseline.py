@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
 
@@ -37,7 +37,7 @@ def main(run):
     run.log(**{name: value / 1e6 for name, value in sizes.items()}, unit="million")
 
     zero_shot = task.measure(model, tokenizer, run)
-    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
+    test = run.rows("test")
     del model
     # 4 bits alone make a model worse, so a tuned one is judged against 16 bits, and against good prompts
     plain = models.compute_name(cfg.compute)
@@ -49,8 +49,7 @@ def main(run):
     measured = {"base": zero_shot, f"{plain} base": unquantised,
                 f"{plain} base 3-shot": {"heldout": few_shot}}
     results.write_atomic(run.folder / "items_base.json", json.dumps(measured))
-    rows = [{"table": "size", "name": "base", "metric": name, "value": value}
-            for name, value in sizes.items()]
+    rows = stats.facts("size", "base", sizes)
     for name, own in measured.items():
         for table, items in own.items():
             rows += stats.rows_of(table, name, items, tables.get(table, task.ACCURACY))
@@ -59,4 +58,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, task.Config, task.PROFILES)
+    runner.start(main, task.Config, task.PROFILES)

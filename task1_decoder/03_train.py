@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import random
 import shutil
@@ -29,6 +29,8 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_liger_kernel_available
 
 from common import models, training
+from common.stats import facts
+from sources import pretrained
 from task1_decoder import memory, rehearsal, scoring, task
 from task1_decoder.graphs import Graphs
 
@@ -233,33 +235,24 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
 
     compute, per_process = models.arithmetic(cfg.precision, cfg.compute), training.per_process(cfg.batch_size)
     last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash])
-    lengths = [len(example["prompt"]) + len(example["answer"]) for example in examples]
-    longest = sorted(range(len(examples)), key=lambda i: -lengths[i])[:per_process]
-    recorded = (cfg.cuda_graphs and model.device.type == "cuda" and compute != "fp16"
-                and training.PROCESSES == 1)
-    shapes = (16, 1 + cfg.max_completion_tokens) if recorded else ()  # few: each is recorded once
-    longest = task.collate([examples[i] for i in longest], tokenizer.pad_token_id, *shapes)
-    per_pass, checkpointing, predicted = memory.plan(
-        model, longest, compute, cfg.rows_per_pass, cfg.gradient_checkpointing, cfg.memory_gib,
-        most=64 if recorded else None)  # more rows in a graph are no faster
-    recorded = recorded and not checkpointing
+    passes = memory.choose(model, examples, cfg, compute, tokenizer.pad_token_id)
     stats = {"trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
              "trained_rows": len(examples), "epochs": len(examples) / len(rows),
              "rehearsed_rows": len(rehearsed),
-             "rows_per_pass": per_pass,
-             "gradient_checkpointing": checkpointing, "cuda_graphs": recorded,
+             "rows_per_pass": passes.rows,
+             "gradient_checkpointing": passes.checkpointing, "cuda_graphs": passes.graphs,
              "processes": training.PROCESSES}
-    results.FACTS["predicted_GiB"] = predicted["total"] / 2**30  # for the line that says it was not enough
-    log(**stats, predicted_GiB=results.FACTS["predicted_GiB"])
+    runner.FACTS["predicted_GiB"] = passes.predicted["total"] / 2**30  # for a line if it was not enough
+    log(**stats, predicted_GiB=runner.FACTS["predicted_GiB"])
 
     args = training.one_process(TrainingArguments(
         output_dir=str(checkpoints), max_steps=cfg.max_steps, seed=cfg.seed,
         learning_rate=cfg.learning_rate, lr_scheduler_type=cfg.schedule, warmup_steps=cfg.warmup_steps,
         max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay, optim=cfg.optimizer,
         # the rows of a global batch, in the order of `schedule`, are divided among passes and processes
-        per_device_train_batch_size=per_pass, gradient_accumulation_steps=per_process // per_pass,
+        per_device_train_batch_size=passes.rows, gradient_accumulation_steps=per_process // passes.rows,
         train_sampling_strategy="sequential", remove_unused_columns=False, label_names=["labels"],
-        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing=passes.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
         # the best and the last checkpoint are kept, and the best is loaded in the end
         eval_strategy="steps", eval_steps=cfg.eval_every, eval_on_start=not last,
         per_device_eval_batch_size=cfg.eval_batch_size, save_steps=cfg.eval_every, save_total_limit=2,
@@ -267,12 +260,12 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
         logging_steps=cfg.log_every, ddp_find_unused_parameters=False, **training.options(compute)))
     trainer = DevTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=examples, eval_dataset=dev,
-        data_collator=lambda batch: task.collate(batch, tokenizer.pad_token_id, *shapes),
+        data_collator=lambda batch: task.collate(batch, tokenizer.pad_token_id, *passes.shapes),
         callbacks=[training.Log(log, ("loss", "eval_loss", "learning_rate", "grad_norm")),
                    EarlyStoppingCallback(cfg.patience), *callbacks,
                    *training.tensorboard(checkpoints.with_name("tensorboard"))])
     trainer.remove_callback(PrinterCallback)
-    trainer.graphs = Graphs(model.parameters()) if recorded else None
+    trainer.graphs = Graphs(model.parameters()) if passes.graphs else None
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=last)
     seconds = time.monotonic() - started
@@ -280,16 +273,16 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
 
     history = trainer.state.log_history
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    padded = sum(len(lengths[i:i + per_pass]) * max(lengths[i:i + per_pass])
-                 for i in range(0, len(lengths), per_pass))
+    lengths = [len(example["prompt"]) + len(example["answer"]) for example in examples]
+    padded = sum(passes.rows * max(lengths[i:i + passes.rows]) for i in range(0, len(lengths), passes.rows))
     stats |= {
         "steps": trainer.state.global_step,
         "trained_tokens": sum(lengths),
         "padding_share": 1 - sum(lengths) / padded,
         "dev_nll_before": losses[0],
         "dev_nll_best": min(losses),
-        **{f"predicted_{name}_bytes": size for name, size in predicted.items()},
-        "measured_peak_bytes": results.peak_memory(),
+        **{f"predicted_{name}_bytes": size for name, size in passes.predicted.items()},
+        "measured_peak_bytes": runner.peak_memory(),
         "training_seconds": None if last else seconds,  # nobody knows those before a resumption
         "tokens_per_second": None if last else sum(lengths) / seconds,
     }
@@ -306,7 +299,7 @@ def save(model, cfg, adapter: Path, dev: list[dict]) -> dict[str, float]:
     """
     shutil.rmtree(adapter, ignore_errors=True)
     tokenizer, config = models.load_tokenizer(cfg.model), model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = models.public_name(cfg.model)
+    config.base_model_name_or_path, config.revision = pretrained.public_name(cfg.model)
     if isinstance(config.target_modules, set):  # whose order differs between processes
         config.target_modules = sorted(config.target_modules)
     model.save_pretrained(adapter, save_embedding_layers=False)
@@ -331,21 +324,22 @@ def save(model, cfg, adapter: Path, dev: list[dict]) -> dict[str, float]:
 
 def main(run):
     cfg, data = run.cfg, run.load("01_data")
-    rows, dev = (results.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev"))
+    rows, dev = map(run.rows, ("train", "dev"))
     checkpoints = run.folder / "checkpoints"
     model, stats, history = train(cfg, rows, dev, checkpoints, results.result_hash(data), run.log,
                                   rehearsal.rows(run, cfg))
-    if not results.MAIN_PROCESS:
+    if not runner.MAIN_PROCESS:
         return  # all have the same weights, and the first process saves them
     stats |= save(model, cfg, run.folder / "adapter", dev[:4])
-    table = [{"table": "curve", "name": "tuned", "metric": m, "step": entry["step"], "value": entry[m]}
-             for entry in history for m in ("loss", "eval_loss") if m in entry]
-    table += [{"table": "training", "name": "tuned", "metric": metric, "value": value}
-              for metric, value in stats.items()]
+    table = []
+    for entry in history:
+        read = {metric: entry[metric] for metric in ("loss", "eval_loss") if metric in entry}
+        table += facts("curve", "tuned", read, step=entry["step"])
+    table += facts("training", "tuned", stats)
     run.save(table, artifacts=["adapter"], tokens_per_second=stats["tokens_per_second"])
     training.remove(checkpoints)
     run.log(dev_nll_before=stats["dev_nll_before"], dev_nll_best=stats["dev_nll_best"], steps=stats["steps"])
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

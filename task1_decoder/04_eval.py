@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
 from dataclasses import dataclass, replace
@@ -24,7 +24,9 @@ from dataclasses import dataclass, replace
 import torch
 from peft import PeftModel
 
-from common import card, corpus, models, stats
+from common import models, stats
+from pipeline import card
+from sources import corpus
 from task1_decoder import scoring, task
 
 
@@ -137,7 +139,7 @@ def main(run):
     _, _, trained = (run.load(step) for step in ("01_data", "02_baseline", "03_train"))
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     adapter = str(run.artifact("03_train", "adapter"))
-    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
+    test = run.rows("test")
     tokenizer = models.load_tokenizer(cfg.model)
     model = models.load_decoder(cfg.model, cfg.precision, cfg.compute, cfg.double_quant)
     model = PeftModel.from_pretrained(model, adapter).eval()
@@ -179,4 +181,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import knobs, results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import gc
 import importlib
@@ -135,7 +135,7 @@ def cost_rows(run, stored: dict, rows, dev) -> list[dict]:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        cfg = results.config_of(
+        cfg = knobs.config_of(
             script.Config, stored, precision=precision, gradient_checkpointing=checkpointing, batch_size=size,
             rows_per_pass=size, max_steps=steps, eval_every=10 * steps, warmup_steps=1,
             cuda_graphs=False)  # with 128 rows in bf16 their recordings would need a second 70 GiB
@@ -147,9 +147,8 @@ def cost_rows(run, stored: dict, rows, dev) -> list[dict]:
                   "measured_peak_bytes": trained["measured_peak_bytes"], "step_seconds": seconds,
                   "tokens_per_second": trained["trained_tokens"] / steps / seconds}
         name = f"{precision}, checkpointing {checkpointing}, {size} rows"
-        table += [{"table": "cost", "name": name, "precision": precision, "batch": size,
-                   "checkpointing": checkpointing == "on", "metric": metric, "value": value}
-                  for metric, value in values.items()]
+        table += stats.facts("cost", name, values, precision=precision, batch=size,
+                             checkpointing=checkpointing == "on")
         run.log(cost=name.replace(" ", "_"), GiB=values["measured_peak_bytes"] / 2**30, step_seconds=seconds)
     return table
 
@@ -157,11 +156,10 @@ def cost_rows(run, stored: dict, rows, dev) -> list[dict]:
 def main(run):
     cfg, data, trained = run.cfg, run.load("01_data"), run.load("03_train")
     run.load("04_eval")
-    names = results.chosen(cfg.only, [*ROWS, *[COST] * bool(cfg.cost_steps)])
+    names = knobs.chosen(cfg.only, [*ROWS, *[COST] * bool(cfg.cost_steps)])
     if cfg.cost_steps and models.device().type != "cuda":
         raise SystemExit(f"cost_steps={cfg.cost_steps}: the cost table needs an accelerator")
-    rows, dev, test = (results.read_rows(run.artifact("01_data", f"{split}.jsonl"))
-                       for split in ("train", "dev", "test"))
+    rows, dev, test = map(run.rows, ("train", "dev", "test"))
     stored, data_hash, table = trained["config"], results.result_hash(data), []
     if stored["precision"] != "nf4":
         names = [name for name in names if name != LOFTQ]
@@ -178,7 +176,7 @@ def main(run):
     }
     done = {"as in 03": as_in_03}
     for name in [name for name in names if name != COST]:
-        changed = results.config_of(script.Config, stored, **ROWS[name])
+        changed = knobs.config_of(script.Config, stored, **ROWS[name])
         path = run.folder / "ablations" / slug(name) / "row.json"
         done[name] = results.cached(path, [name, vars(changed), data_hash], partial(
             train_row, run, name, changed, data_hash, rows, dev, test))
@@ -192,8 +190,7 @@ def main(run):
             if name != "as in 03":
                 table += stats.delta_rows("ablation minus 03", name, as_in_03["items"][kind], items, metrics,
                                           kind=kind)
-        table += [{"table": "ablation facts", "name": name, "metric": metric, "value": row["stats"][metric]}
-                  for metric in SHOWN]
+        table += stats.facts("ablation facts", name, {fact: row["stats"][fact] for fact in SHOWN})
     stats.holm(table)
     table += stats.over_seeds([row for row in table if row["table"] == "ablation minus base"
                                and row["name"] in SEEDS])  # the differences of 04 in every seed
@@ -201,4 +198,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

@@ -3,7 +3,7 @@
 Functions ask for what the fine-tuning teaches; general prompts (two languages) show what it may have cost.
 """
 
-from common import corpus, results
+from sources import corpus
 
 # Parsed like the corpus: the docstring is the reference, the rest is the prompt.
 FUNCTIONS = '''
@@ -133,7 +133,7 @@ def prompts(run) -> list[dict]:
         functions = corpus.functions_in(FUNCTIONS, "basket")
         taught = [{"kind": "function", "prompt": f["code"], "completion": f["summary"]} for f in functions]
     else:
-        dev = results.read_rows(run.artifact("01_data", "dev.jsonl"))
+        dev = run.rows("dev")
         taught = [{**row, "kind": "own"} for row in dev[:14]]
     general = [("general", text) for text in GENERAL] + [("russian", text) for text in RUSSIAN]
     rows = [{**row, "taught": True} for row in taught]

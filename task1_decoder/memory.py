@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from accelerate.utils import gather_object
 
 from common import models, training
+from task1_decoder import task
 
 # Bytes of the backward pass for each logit, beside those that the forward pass saves: gradients and copies
 # in fp32 and 16 bits. With it the peaks of 1.93B parameters in NF4 on an H100 were predicted as 5.4, 9.1,
 # 16.6 and 61.5 GiB for 8, 16, 32 and 128 rows a pass, and measured as 5.6, 9.5, 17.3 and 63.9.
 LOGIT_GRADIENT = 12
+
+
+class Passes(NamedTuple):
+    """How the rows of a batch are computed."""
+    rows: int  # of one pass
+    checkpointing: bool
+    graphs: bool  # CUDA graphs repeat the passes
+    shapes: tuple  # what task.collate rounds batches to, so that few graphs are recorded
+    predicted: dict[str, int]  # as from `predict`
+
+
+def choose(model, examples: list[dict], cfg, compute: str, pad_token_id: int) -> Passes:
+    """The passes of a training on encoded `examples` that the knobs ask for, or that fit (see `plan`)."""
+    graphs = (cfg.cuda_graphs and model.device.type == "cuda" and compute != "fp16"
+              and training.PROCESSES == 1)
+    shapes = (16, 1 + cfg.max_completion_tokens) if graphs else ()
+    longest = sorted(examples, key=lambda example: -len(example["prompt"]) - len(example["answer"]))
+    longest = task.collate(longest[:training.per_process(cfg.batch_size)], pad_token_id, *shapes)
+    rows, checkpointing, predicted = plan(
+        model, longest, compute, cfg.rows_per_pass, cfg.gradient_checkpointing, cfg.memory_gib,
+        most=64 if graphs else None)  # more rows in a graph are no faster
+    return Passes(rows, checkpointing, graphs and not checkpointing, shapes, predicted)
 
 
 def per_row(model, longest: dict, compute: str) -> dict[str, int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import transformers
 
-from common import models, results, training
+from common import models, training
+from pipeline import results
 from task1_decoder import scoring, task
 
 QUESTIONS = Path(__file__).with_name("rehearsal.jsonl")  # none of those in manners.jsonl

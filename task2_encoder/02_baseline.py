@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
 
@@ -26,7 +26,7 @@ from task2_encoder import task
 def main(run):
     cfg = run.cfg
     run.load("01_data")
-    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
+    test = run.rows("test")
     searches = task.searches(test, cfg)
     task.track_questions(run)
     pools = {name: searches[name] for name in task.SHARED if name in searches}
@@ -44,7 +44,7 @@ def main(run):
 
     sizes = {"parameters": size["parameters"], f"bytes_{cfg.precision}": size["bytes"],
              "bytes_fp32": models.size(model)["bytes"]}
-    rows = [task.row("size", "base", metric, value) for metric, value in sizes.items()]
+    rows = stats.facts("size", "base", sizes)
     for name, measured in items.items():
         for table, pool in pools.items():
             rows += stats.rows_of(table, name, measured[table], task.METRICS, documents=len(pool.documents))
@@ -54,4 +54,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, task.Config, task.PROFILES)
+    runner.start(main, task.Config, task.PROFILES)

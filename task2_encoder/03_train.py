@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import shutil
 import time
@@ -40,6 +40,8 @@ from torch.utils.data import BatchSampler
 from transformers import PrinterCallback
 
 from common import models, training
+from common.stats import facts
+from sources import pretrained
 from task2_encoder import batches, task
 
 
@@ -81,10 +83,6 @@ class Config(task.Config):
     # lower on a CPU and 0.002 on a GPU, no difference shown (make ablations). The hardest, neighbours in one
     # module, took about 0.024 off it in an earlier run. Own data is one package.
     within_package: bool = True
-    # Share of the rows whose anchor is not the summary but a question or a later sentence of the docstring
-    # (anchors.py), drawn anew in every epoch, because nobody types summaries into a search box. Untuned, and
-    # no better than 0 so far: make ablations shows no difference. Own data has no other anchors.
-    other_anchors: float = 0.5
     # Falls to zero, so that late steps do not undo each other; the adapter kept is often an earlier one.
     schedule: str = "cosine"
     # 5 % of the steps: Adam's statistics are unreliable in the first steps.
@@ -224,16 +222,15 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
 
     # also starts the process group, through which `batches.rows_at_once` asks the other processes
     last = training.open_checkpoints(checkpoints, [vars(cfg), data_hash, method])
-    n, rows = len(rows), batches.with_other_anchors(rows)
     lengths = batches.token_lengths(model, rows)
     order = batches.schedule(rows, lengths, cfg)
     rows_at_once, predicted = batches.rows_at_once(model, cfg, rows, lengths, per_process)
-    results.FACTS["predicted_GiB"] = predicted / 2**30  # for the line that says it was not enough
+    runner.FACTS["predicted_GiB"] = predicted / 2**30  # for the line that says it was not enough
     pairs = len(order) * cfg.batch_size
     stats = {"trainable_parameters": sum(parameter.numel() for parameter in trained(model).values()),
-             "steps": len(order), "trained_pairs": pairs, "epochs": pairs / n,
+             "steps": len(order), "trained_pairs": pairs, "epochs": pairs / len(rows),
              "rows_per_pass": rows_at_once, "predicted_total_bytes": predicted}
-    log(method=method, rows=n, **stats)
+    log(method=method, rows=len(rows), **stats)
 
     search = task.retrieval(dev)
 
@@ -277,7 +274,7 @@ def train(cfg, rows: list, dev: list, checkpoints: Path, data_hash: str, log, me
     stats |= {"trained_tokens": tokens, "processes": training.PROCESSES,
               "kept_step": trainer.state.best_global_step, "dev_mrr_before": mrr[0],
               "dev_mrr_kept": trainer.state.best_metric, "dev_mrr_last": mrr[-1],
-              "measured_peak_bytes": results.peak_memory(),
+              "measured_peak_bytes": runner.peak_memory(),
               "training_seconds": None if last else seconds,  # nobody knows those before a resumption
               "tokens_per_second": None if last else tokens / seconds}
     return model.eval(), stats, history
@@ -299,7 +296,7 @@ def save(model, cfg, folder: Path, search: task.Retrieval) -> dict:
         config.target_modules = sorted(config.target_modules)
     config.base_model_name_or_path = None  # with a name, PEFT asks a hub whether the vocabulary has grown
     model.save_pretrained(str(folder / "adapter"), create_model_card=False)
-    config.base_model_name_or_path, config.revision = models.public_name(cfg.model)
+    config.base_model_name_or_path, config.revision = pretrained.public_name(cfg.model)
     config.save_pretrained(folder / "adapter")
 
     encoders = model, task.load_adapter(folder / "adapter", cfg), task.load_encoder(cfg)
@@ -317,20 +314,22 @@ def save(model, cfg, folder: Path, search: task.Retrieval) -> dict:
 
 def main(run):
     cfg, data = run.cfg, run.load("01_data")
-    rows, dev = (results.read_rows(run.artifact("01_data", f"{split}.jsonl")) for split in ("train", "dev"))
+    rows, dev = map(run.rows, ("train", "dev"))
     checkpoints = run.folder / "checkpoints"
     model, stats, history = train(cfg, rows, dev, checkpoints, results.result_hash(data), run.log)
     training.finish()
-    if not results.MAIN_PROCESS:
+    if not runner.MAIN_PROCESS:
         return  # all have the same weights, and the first process saves them
     stats |= save(model, cfg, run.folder, task.retrieval(dev[:64]))
-    table = [task.row("curve", "tuned", metric, entry[metric], step=entry["step"])
-             for entry in history for metric in ("loss", "eval_mrr@10") if metric in entry]
-    table += [task.row("training", "tuned", metric, value) for metric, value in stats.items()]
+    table = []
+    for entry in history:
+        read = {metric: entry[metric] for metric in ("loss", "eval_mrr@10") if metric in entry}
+        table += facts("curve", "tuned", read, step=entry["step"])
+    table += facts("training", "tuned", stats)
     run.save(table, artifacts=["adapter", "merged"], tokens_per_second=stats["tokens_per_second"])
     training.remove(checkpoints)
     run.log(**{name: stats[name] for name in ("dev_mrr_before", "dev_mrr_kept", "kept_step")})
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

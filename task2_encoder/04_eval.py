@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
 from collections import Counter
@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from common import card, corpus, models, stats
+from common import models, stats
+from pipeline import card
+from sources import corpus
 from task2_encoder import task
 
 EXTREMES = 10  # queries of the lists "most improved" and "most harmed"
@@ -64,9 +66,9 @@ def extremes(before: list, after: list, rows: list) -> list:
         return 1 / new - 1 / old, old - new, pair[0]["id"]
 
     order = sorted(zip(before, after), key=change)
-    return [task.row("examples", kind, "rank", new["rank"], before=old["rank"], id=old["id"],
-                     item=names[old["id"]], first_before=names[old["ranked"][0]],
-                     first_after=names[new["ranked"][0]])
+    return [{"table": "examples", "name": kind, "metric": "rank", "value": new["rank"],
+             "before": old["rank"], "id": old["id"], "item": names[old["id"]],
+             "first_before": names[old["ranked"][0]], "first_after": names[new["ranked"][0]]}
             for kind, pairs in (("most improved", order[::-1][:EXTREMES]), ("most harmed", order[:EXTREMES]))
             for old, new in pairs]
 
@@ -86,7 +88,7 @@ def examples_text(examples: list, rows: list) -> str:
 def main(run):
     cfg = run.cfg
     _, _, trained = (run.load(step) for step in ("01_data", "02_baseline", "03_train"))
-    test = results.read_rows(run.artifact("01_data", "test.jsonl"))
+    test = run.rows("test")
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     adapter, merged = (run.artifact("03_train", name) for name in ("adapter", "merged"))
     base, tuned = (f"{models.label(cfg.precision)} {what}" for what in ("base", "+ adapter"))
@@ -109,7 +111,7 @@ def main(run):
     if "downstream" in after:
         rows += compared("downstream", before["downstream"], after["downstream"], task.ACCURACY)
         n, sizes = len(after["downstream"]), Counter(item["topic"] for item in after["downstream"])
-        rows += [task.row("downstream", "majority", "accuracy", max(sizes.values()) / n, n=n)]
+        rows += stats.facts("downstream", "majority", {"accuracy": max(sizes.values()) / n}, n=n)
     pool = searches["pool"]
     for name, members in slices(test, pool.queries).items():
         old, new = ([item for item in items["pool"] if item["id"] in members] for items in (before, after))
@@ -123,8 +125,8 @@ def main(run):
     parity = {f"{name} against fp32 + adapter": task.largest_difference(opened["fp32 + adapter"], other)
               for name, other in (("merged fp32", opened["merged fp32"]), (tuned, vectors))}
     assert parity["merged fp32 against fp32 + adapter"] < 1e-5, f"merged/ is not base + adapter: {parity}"
-    rows += [task.row("parity", name, "largest embedding difference", value)
-             for name, value in parity.items()]
+    for name, value in parity.items():
+        rows += stats.facts("parity", name, {"largest embedding difference": value})
 
     # all systems side by side, with BM25 and its fusion with each encoder
     systems = {name: stored[name]["pool"] for name in ("random", "BM25", "fp32 base", base)}
@@ -147,4 +149,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, task.Config, task.PROFILES)
+    runner.start(main, task.Config, task.PROFILES)

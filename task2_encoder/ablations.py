@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import knobs, results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import importlib
 import json
@@ -61,7 +61,6 @@ def ablations(cfg) -> dict:
         # a tenth of LoRA's on a CPU, a fifth on a GPU; 2e-5 is usual for longer runs
         "full fine-tune, lr 1e-4": {"method": "full", "learning_rate": 1e-4},
         "batches across packages": {"within_package": False},
-        "summaries as the only anchors": {"other_anchors": 0.0},
         "rank 4": {"lora_r": 4, "lora_alpha": 8},
         "lr 1e-4": {"learning_rate": 1e-4},
         "lr 2e-4": {"learning_rate": 2e-4},
@@ -89,8 +88,7 @@ def shuffled(rows: list, seed: int) -> list:
 def main(run):
     data, trained = run.load("01_data"), run.load("03_train")
     run.load("04_eval")
-    rows, dev, test = (results.read_rows(run.artifact("01_data", f"{split}.jsonl"))
-                       for split in ("train", "dev", "test"))
+    rows, dev, test = map(run.rows, ("train", "dev", "test"))
     asked, data_hash = task.searches(test, run.cfg), results.result_hash(data)
     asked = {name: asked[name] for name in task.SHARED if name in asked}
     headlines = [name for name in ("pool", "questions") if name in asked]
@@ -98,7 +96,7 @@ def main(run):
     stored = json.loads(run.artifact("02_baseline", "items_base.json").read_text())
     base = stored["fp32 base"]
     tuned = json.loads(run.artifact("04_eval", "items_tuned.json").read_text())
-    as_trained = results.config_of(step.Config, trained["config"])
+    as_trained = knobs.config_of(step.Config, trained["config"])
     kept = {row["metric"]: row["value"] for row in trained["rows"] if row["table"] == "training"}
 
     def train_row(folder, cfg, method, pairs):
@@ -109,7 +107,7 @@ def main(run):
         return {"items": items, "facts": facts}
 
     done, possible = {"as in 03": {"items": tuned, "facts": kept}}, ablations(as_trained)
-    for name in results.chosen(run.cfg.only, list(possible)):
+    for name in knobs.chosen(run.cfg.only, list(possible)):
         method = possible[name].pop("method", "qlora")
         cfg = replace(as_trained, **possible[name])
         folder = run.folder / "ablations" / re.sub(r"\W+", "-", name)
@@ -129,7 +127,7 @@ def main(run):
             if name != "as in 03":
                 table += stats.delta_rows("ablation minus 03", name, tuned[search], items, [task.MRR],
                                           **which)
-        table += [task.row("ablation facts", name, fact, row["facts"][fact]) for fact in FACTS]
+        table += stats.facts("ablation facts", name, {fact: row["facts"][fact] for fact in FACTS})
     stats.holm(table)
     table += stats.over_seeds([row for row in table if row["table"] == "ablation minus base"
                                and row["name"] in SEEDS])  # the differences of 04 in every seed
@@ -137,4 +135,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

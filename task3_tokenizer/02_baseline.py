@@ -11,15 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import json
 import re
 
-from common import models
+from common import models, stats
 from task3_tokenizer import task, vocabulary
 
 # Test sentences of ours: line breaks, several spaces, Cyrillic, emoji and code, with {} for a term.
@@ -41,11 +41,12 @@ def compare_ways(tokenizer, extended, terms, texts):
         ids = {text: task.ids_of(way, text) for text in texts}
         one = [any(way.decode([i]).strip() == term for i in task.ids_of(way, text)) for text, term in places]
         other = [task.ids_of(way, f" {word}") != before[word] for word in others]
-        table += [{"table": "ways", "name": name, "metric": k, "value": value, "n": n} for k, value, n in (
-            ("round_trip_share", sum(way.decode(i) == text for text, i in ids.items()) / len(ids), len(ids)),
-            ("one_token_share", sum(one) / len(one), len(one)),
-            ("other_words_tokenized_differently", sum(other), len(other)),
-            ("tokens_per_text", sum(map(len, ids.values())) / len(ids), len(ids)))]
+        same = sum(way.decode(i) == text for text, i in ids.items())
+        table += stats.facts("ways", name, {"round_trip_share": same / len(ids)}, n=len(ids))
+        table += stats.facts("ways", name, {"one_token_share": sum(one) / len(one)}, n=len(one))
+        table += stats.facts("ways", name, {"other_words_tokenized_differently": sum(other)}, n=len(other))
+        mean_length = sum(map(len, ids.values())) / len(ids)
+        table += stats.facts("ways", name, {"tokens_per_text": mean_length}, n=len(ids))
     return table
 
 
@@ -57,8 +58,8 @@ def main(run):
         ids = task.ids_of(tokenizer, f" {word}")
         pieces = [tokenizer.decode([i]) for i in ids]
         print(f"{word!r}: pieces {pieces}, ids {ids} -> new id {new_id}")
-        table.append({"table": "pieces", "name": word, "metric": "pieces", "value": len(ids), "ids": ids,
-                      "pieces": pieces, "bytes": len(f" {word}".encode()), "new_id": new_id})
+        table += stats.facts("pieces", word, {"pieces": len(ids)}, ids=ids, pieces=pieces,
+                             bytes=len(f" {word}".encode()), new_id=new_id)
 
     tests = task.test_sets(run)
     texts = [row["text"] for rows in tests.values() for row in rows]
@@ -66,9 +67,9 @@ def main(run):
 
     model = models.load_decoder(cfg.model, models.compute_name(cfg.compute))
     matrix = model.get_input_embeddings().weight
-    table += [{"table": "size", "name": "base", "metric": k, "value": v} for k, v in {
+    table += stats.facts("size", "base", {
         "parameters": models.size(model)["parameters"], "vocabulary": len(matrix), "hidden": matrix.shape[1],
-        "tied": int(model.config.tie_word_embeddings), "new_rows": len(lexicon.pieces_of)}.items()]
+        "tied": int(model.config.tie_word_embeddings), "new_rows": len(lexicon.pieces_of)})
     items = task.measure(cfg, model, tokenizer, tests)
     for kind, own in items.items():
         table += task.rows_of(kind, "base", own)
@@ -80,4 +81,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, task.Config, task.PROFILES)
+    runner.start(main, task.Config, task.PROFILES)

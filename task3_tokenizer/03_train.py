@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import gc
 import math
@@ -36,6 +36,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from common import models, training
+from common.stats import facts
 from task3_tokenizer import distil, embeddings, task, windows
 
 
@@ -299,14 +300,13 @@ def train(cfg, arm: Arm, folder: Path, texts: list[dict], dev: list[dict], made_
 
 def main(run):
     data, table, dev_bits = results.result_hash(run.load("01_data")), [], {}
-    texts, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
+    texts, dev = map(run.rows, ("train", "dev"))
     for arm in arms(task.lexicon(run)):
         for stage, stats in train(run.cfg, arm, run.folder / arm.name, texts, dev, data, run.log):
             about = {"name": arm.name, "stage": stage}
-            losses = stats.pop("losses", [])
+            losses, _ = stats.pop("losses", []), stats.pop("identity")
             table += [{"table": "curve", **about, "metric": "loss", **loss} for loss in losses]
-            table += [{"table": "training", **about, "metric": k, "value": v} for k, v in stats.items()
-                      if k != "identity"]
+            table += facts("training", arm.name, stats, stage=stage)
             dev_bits[f"dev_bits_per_byte_{arm.name}"] = stats["dev_bits_per_byte"]
             run.log(arm=arm.name, stage=stage, dev_bits_per_byte=stats["dev_bits_per_byte"])
     tokens, seconds = (sum(row["value"] for row in table if row["metric"] == metric)
@@ -317,4 +317,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

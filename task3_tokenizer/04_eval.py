@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import gc
 import itertools
@@ -25,7 +25,8 @@ import json
 import math
 from dataclasses import dataclass
 
-from common import card, models, stats
+from common import models, stats
+from pipeline import card
 from task3_tokenizer import embeddings, task, windows
 
 
@@ -96,8 +97,8 @@ def main(run):
         if arm == "new":
             cosines[stage] = embeddings.cosines(model, tokenizer, lexicon.terms, lexicon.ids, words)
         if stage in ("init", LAST):
-            counts = continuations(model, tokenizer, rows, lexicon.ids, cfg.n_continued).items()
-            table += [{"table": "continued", "name": name, "metric": k, "value": v} for k, v in counts]
+            counts = continuations(model, tokenizer, rows, lexicon.ids, cfg.n_continued)
+            table += stats.facts("continued", name, counts)
         if stage == LAST:
             definitions[arm] = task.define(model, tokenizer, list(lexicon.ids), cfg)
         if name == f"new {LAST}":  # the same windows, the term in question, and only it, as its old tokens
@@ -115,16 +116,15 @@ def main(run):
                 table += task.delta_rows(f"minus {other}: {kind}", f"new {stage}", before[kind], new)
     for kind in tests:
         before, after = (sum(i["tokens"] for i in items[name][kind]) for name in ("base", f"new {LAST}"))
-        saved = 1 - after / before
-        table.append({"table": "saved", "name": kind, "metric": "share_of_tokens", "value": saved})
+        table += stats.facts("saved", kind, {"share_of_tokens": 1 - after / before})
     for stage, sides in cosines.items():
         for side, own in sides.items():
             table += task.rows_of("cosines", side, own, stage=stage)
             if stage != "init":
                 table += task.delta_rows("cosines minus init", side, cosines["init"][side], own, stage=stage)
     n_terms = len(lexicon.ids)  # what identification_bits are beside: a guess among so many
-    table.append({"table": "guess", "name": "among the terms", "metric": "identification_bits",
-                  "label": "bits of a guess", "value": math.log2(n_terms), "terms": n_terms})
+    table += stats.facts("guess", "among the terms", {"identification_bits": math.log2(n_terms)},
+                         label="bits of a guess", terms=n_terms)
     table += term_rows(lexicon, rows, items, old_pieces, cosines, definitions)
 
     results.write_atomic(run.folder / "items.json", json.dumps(items))
@@ -137,4 +137,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

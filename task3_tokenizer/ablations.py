@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of this clone
 
-from common import results
+from pipeline import knobs, results, runner
 
 if __name__ == "__main__":
-    results.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
+    runner.check_arguments(__file__, __doc__)  # before the next imports, which take seconds
 
 import importlib
 import itertools
@@ -89,17 +89,17 @@ def main(run):
     cfg, data = run.cfg, results.result_hash(run.load("01_data"))
     run.load("04_eval")
     config, lexicon, tests = run.load("03_train")["config"], task.lexicon(run), task.test_sets(run)
-    texts, dev = (results.read_rows(run.artifact("01_data", f"{name}.jsonl")) for name in ("train", "dev"))
+    texts, dev = map(run.rows, ("train", "dev"))
     items = json.loads(run.artifact("04_eval", "items.json").read_text())
     seeds = {f"all stages, seed {k}": k for k in range(1, cfg.seeds + 1)}
-    names, table = results.chosen(cfg.only, [*ROWS, CURVE, *seeds]), []
+    names, table = knobs.chosen(cfg.only, [*ROWS, CURVE, *seeds]), []
     was_tied = next(r["value"] for r in run.load("02_baseline")["rows"] if r["metric"] == "tied")
     if config["tied"] or not was_tied:
         names = [name for name in names if name != "tied"]
 
     def train_row(name, changes, arm, n_stages, texts, tests, terms=()):
         """As `trained`, with knobs of 03 changed; stored, and the checkpoints are removed."""
-        own = results.config_of(training.Config, config, **changes)
+        own = knobs.config_of(training.Config, config, **changes)
         folder = run.folder / "ablations" / name.replace(" ", "-")
         train = partial(trained, folder, own, arm, n_stages, texts, dev, data, tests, terms)
         given = [name, vars(own), data, [row["term"] for row in terms]]
@@ -155,4 +155,4 @@ def main(run):
 
 
 if __name__ == "__main__":
-    results.start(main, Config, task.PROFILES, PROFILES)
+    runner.start(main, Config, task.PROFILES, PROFILES)

@@ -19,8 +19,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchEncoding
 
-from common import corpus, models, results, stats
+from common import models, stats
 from common.stats import Metric
+from sources import corpus
 
 HERE = Path(__file__).parent
 
@@ -31,7 +32,7 @@ class Config:
     # taken (the kind of GPT-2, Llama 3 and Qwen).
     model: str = "embedded-135m"
     # "corpus": docstrings of the installed packages. Or a table, a folder of texts or a hub id
-    # (common/data.py) with a column `text`, `completion` or `positive` and, if you like, a column `split`
+    # (sources/data.py) with a column `text`, `completion` or `positive` and, if you like, a column `split`
     # (train, dev, test).
     data: str = "corpus"
     # Which column of own data is which of these, as "text=body".
@@ -102,7 +103,7 @@ def documents(cfg: Config) -> tuple[list[dict], int]:
         rows = [{"text": row["docstring"]} for row in corpus.load(deduplicated=False)[0]]
     else:
         source = str(HERE / "ru_texts.jsonl") if cfg.data == "corpus" else cfg.data
-        from common import data
+        from sources import data
         rows = data.read_table(source, data.FORMS["task3_tokenizer"], 100, "", cfg.columns)
         if wrong := {row["split"] for row in rows if "split" in row} - {"train", "dev", "test"}:
             raise SystemExit(f"DATA={source}: split {sorted(wrong)[0]!r}; expected train, dev or test")
@@ -120,7 +121,7 @@ def test_sets(run) -> dict[str, list[dict]]:
     """{kind: rows} of 01's test texts: "term windows" around an occurrence of a term {"term", "text",
     "start", "end"}, "any text", "without terms" and "general English" {"text"}."""
     kinds: dict[str, list[dict]] = {}
-    for row in results.read_rows(run.artifact("01_data", "test.jsonl")):
+    for row in run.rows("test"):
         kinds.setdefault(row["set"], []).append(row)
     return kinds
 

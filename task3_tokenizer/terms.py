@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from common import data
+from sources import data
 from task3_tokenizer import vocabulary
 
 WORD = re.compile(r"(?<= )[^\W\d_][\w'-]*\w")  # a word after a space; `reject` excludes some

@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 
-from common import corpus
+from sources import corpus
 
 # Characters around an occurrence: about 50 tokens, what Token Distillation (arXiv:2505.20133) trains on.
 BEFORE, AFTER = 110, 60

@@ -1,6 +1,6 @@
 """What is done to a process before its script runs: every file operation counted and perhaps the last, little
-memory, a wrong clock, a disk of its own. Only the standard library, as in forked.py: what imports `common`
-here would be the script's `common` too, which then writes into this repository.
+memory, a wrong clock, a disk of its own. Only the standard library, as in forked.py: what imports `pipeline`
+here would be the script's `pipeline` too, which then writes into this repository.
 """
 
 import ctypes

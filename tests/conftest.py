@@ -15,7 +15,9 @@ import hypothesis
 import pytest
 import torch
 
-from common import models, results
+from common import models
+from pipeline import results, runner
+from sources import pretrained
 from tests import forked, small
 
 # Cases of each generated test; `make faults` takes --hypothesis-profile=faults. The same every time.
@@ -25,10 +27,13 @@ hypothesis.settings.register_profile("faults", hypothesis.settings.get_profile("
 hypothesis.settings.load_profile("some")
 
 
+SHARED = ("common", "pipeline", "sources")  # folders of what the tasks share
+
+
 @pytest.fixture(autouse=True)
 def earlier_steps():
     """Each test is a process that has read no earlier step: its number format is this machine's."""
-    results.UPSTREAM.clear()
+    runner.UPSTREAM.clear()
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +91,9 @@ def tiny_model(tiny_model_folder):
 @pytest.fixture(scope="session")
 def repo(tmp_path_factory):
     """A copy of the code that shares only the cached assets, so a test never touches the real results."""
-    models.resolve("embedded-135m")
+    pretrained.resolve("embedded-135m")
     root = tmp_path_factory.mktemp("repo")
-    for folder in ("common", *(path.name for path in results.ROOT.glob("task*") if path.is_dir())):
+    for folder in (*SHARED, *(path.name for path in results.ROOT.glob("task*") if path.is_dir())):
         shutil.copytree(results.ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(results.ROOT / "ask.py", root)
     (root / "runs").mkdir()

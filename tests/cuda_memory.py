@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import results
+from pipeline import results
 
 CAPPED = """
 import runpy, sys, torch

@@ -1,7 +1,7 @@
 """Run a script in a process forked from one that has the large libraries loaded: their import is most of
 what a small step costs.
 
-Only the standard library is imported here, so that the script finds the `common` of its own repository copy
+Only the standard library is imported here, so that the script finds the modules of its own repository copy
 and no other.
 """
 
@@ -35,7 +35,7 @@ def child(root: str, script: str, arguments: list[str], out: str, prepare) -> No
     os.chdir(root)
     sys.path.insert(0, root)
     sys.argv = [script, *arguments]
-    assert "common" not in sys.modules  # it would be this repository's, not the one of `root`
+    assert "pipeline" not in sys.modules  # it would be this repository's, not the one of `root`
     finish = prepare() if prepare else None
     try:
         runpy.run_path(script, run_name="__main__")

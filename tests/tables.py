@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from common import results
+from pipeline import results, runner
 
 # table -> (title, columns of which equal rows are one line with their count)
 TABLES = {"faults": ("Faults while a step works", ("fault", "task", "step")),
@@ -67,9 +67,9 @@ def main(rows: Path, folder: Path) -> int:
         found[row["table"]].append(row)
     for name in found:  # processes write them in any order
         found[name].sort(key=lambda row: json.dumps(row, sort_keys=True))
-    kept = results.environment()
+    kept = runner.environment()
     about = {"date": datetime.date.today().isoformat()} | {
-        name: kept.get(name) for name in ("commit", "dirty", "device", "python", *results.PACKAGES)}
+        name: kept.get(name) for name in ("commit", "dirty", "device", "python", *runner.PACKAGES)}
     results.write_atomic(folder / "faults.json", json.dumps(
         {"about": about, "tables": found}, indent=1, ensure_ascii=False) + "\n")
     results.write_atomic(folder / "faults.md", page(found, about))

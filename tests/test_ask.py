@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from common import results
+from pipeline import results
 from tests import forked, small
 from tests.conftest import one_line
 

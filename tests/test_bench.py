@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bench import measured
-from common import results
+from pipeline import results
 
 PEERS = {"decoder": "trl", "encoder": "sentence-transformers", "harness": "lm-eval", "rows": "peft"}
 ROWS = [{"variant": "peer", "peer": True, "rows": 8, "speed": 100.0},

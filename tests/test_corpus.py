@@ -1,6 +1,6 @@
 """The corpus: what is kept, what counts as a duplicate or a leak."""
 
-from common import corpus
+from sources import corpus
 
 SOURCE = '''
 def area(radius):

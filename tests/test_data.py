@@ -11,7 +11,8 @@ import datasets
 import pyarrow.parquet
 import pytest
 
-from common import data, hub, results
+from pipeline import knobs, results
+from sources import data, hub
 
 COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
 ROWS = [{"prompt": f"Question {i}?", "completion": f"Answer {i}."} for i in range(3)]
@@ -259,7 +260,7 @@ def test_mistakes_are_answered_without_the_large_libraries(tmp_path):
         ("task3_tokenizer", {"terms": str(tmp_path / "terms.csv")}, "expected columns term, anchors"),
         ("task3_tokenizer", {"terms": "no.csv"}, "terms=no.csv: no such file"),
         (one, {"benchmark": "no.yaml"}, "BENCHMARK=no.yaml: no such file")]
-    program = ("import json, sys\nfrom common import data\nsaid = []\n"
+    program = ("import json, sys\nfrom sources import data\nsaid = []\n"
                "for task, settings, _ in json.loads(sys.argv[1]):\n"
                "    try:\n        data.check(task, settings)\n        said.append(None)\n"
                "    except SystemExit as stop:\n        said.append(str(stop))\n"
@@ -275,10 +276,10 @@ def test_mistakes_are_answered_without_the_large_libraries(tmp_path):
 def test_variables_of_the_makefile_become_knobs():
     script = results.ROOT / "task1_decoder" / "01_data.py"
     given = ["--data", "x.csv", "--columns", "prompt=q completion=a", "--benchmark", "mine.yaml"]
-    settings = results.parse_arguments(given, script).settings
+    settings = knobs.parse_arguments(given, script).settings
     assert settings == {"data": "x.csv", "columns": "prompt=q completion=a", "benchmark": "mine.yaml"}
     stored = results.ROOT / "results" / "mine" / "task1_decoder" / "01_data.json"
     command = results.command(stored, "", settings)
     assert command == "make task1 DATA=x.csv COLUMNS='prompt=q completion=a' BENCHMARK=mine.yaml"
-    other = results.parse_arguments(given, results.ROOT / "task2_encoder" / "01_data.py").settings
+    other = knobs.parse_arguments(given, results.ROOT / "task2_encoder" / "01_data.py").settings
     assert other == {"data": "x.csv", "columns": "prompt=q completion=a"}  # a benchmark is task 1's

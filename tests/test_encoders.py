@@ -12,7 +12,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
 
-from common import models, results, training
+from common import models, training
+from pipeline import results
+from sources import hub, pretrained
 from task2_encoder import batches, task
 
 data, step = (import_module(f"task2_encoder.{name}") for name in ("01_data", "03_train"))
@@ -46,7 +48,7 @@ PAIRS = [{"anchor": f"{VERBS[i // 15]} every {THINGS[i % 15]}", "positive":
 def save_encoder(name, folder):
     """A tiny random checkpoint of that architecture with the embedded encoder's tokenizer."""
     kind, differences, pooling, prompts = ENCODERS[name]
-    tokenizer = AutoTokenizer.from_pretrained(models.resolve("embedded-minilm"))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve("embedded-minilm"))
     tokenizer.model_max_length = 128
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES | dict(vocab_size=len(tokenizer)) | differences)
@@ -251,14 +253,14 @@ def test_what_is_saved_names_its_base_and_no_place_on_this_machine(name, folders
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", None)  # saving asks no hub
     cfg = config(name, precision="nf4")
     if name == "owner/name":
-        monkeypatch.setattr(models, "resolve", lambda asked, choices: str(folders["BERT"]))
-        monkeypatch.setattr(models.hub, "cached_revision", lambda asked: commit)
+        monkeypatch.setattr(pretrained, "resolve", lambda asked, choices: str(folders["BERT"]))
+        monkeypatch.setattr(hub, "cached_revision", lambda asked: commit)
     model = randomised(cfg)
     step.save(model, cfg, tmp_path, SOME)
     adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == name
     assert adapter["revision"] == (commit if name == "owner/name" else None)
-    cache = models.hub.cache_folder("owner/name", "model").parent
+    cache = hub.cache_folder("owner/name", "model").parent
     places = [str(results.ROOT), "site-packages", str(folders["BERT"].parent), str(cache)]
     for file in tmp_path.rglob("*"):
         if file.is_file() and file.suffix != ".safetensors":

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from common import results
+from pipeline import results
 from tests import forked
+from tests.conftest import SHARED
 
 EXAMPLES = results.ROOT / "examples"
 # What takes a person minutes takes the tests seconds: these knobs go behind the command's own.
@@ -87,7 +88,8 @@ def test_readme_shows_the_commands_of_the_examples():
 def copy(tmp_path_factory):
     """A copy of the code and the examples, that only these tests write into."""
     root = tmp_path_factory.mktemp("examples")
-    folders = [results.ROOT / "common", EXAMPLES, *filter(Path.is_dir, results.ROOT.glob("task*"))]
+    folders = [*(results.ROOT / name for name in SHARED), EXAMPLES,
+               *filter(Path.is_dir, results.ROOT.glob("task*"))]
     for folder in folders:
         shutil.copytree(folder, root / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(results.ROOT / "Makefile", root)

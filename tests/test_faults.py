@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from common import models, results
+from common import models
+from pipeline import results, runner
 from tests import breakage, forked, small
-from tests.conftest import environment, one_line
+from tests.conftest import SHARED, environment, one_line
 
 ALL = [(task, step) for task in small.TASKS for step in small.STEPS]
 
@@ -107,7 +108,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(index, steps, record):
 UNPACK = """
 import sys
 from common import models
-print(models.written_once("wide", lambda folder: models.hyperclone(sys.argv[1], folder, times=2)))
+print(pretrained.written_once("wide", lambda folder: pretrained.hyperclone(sys.argv[1], folder, times=2)))
 """
 
 
@@ -115,7 +116,8 @@ print(models.written_once("wide", lambda folder: models.hyperclone(sys.argv[1], 
 def test_killed_while_weights_are_unpacked(tmp_path, repo, quick, tiny_model_folder, record):
     """What half the files were written of is made again, under the name that others wait for."""
     root = tmp_path / "repo"
-    shutil.copytree(quick / "common", root / "common")
+    for folder in SHARED:
+        shutil.copytree(quick / folder, root / folder)
     (root / "unpack.py").write_text(UNPACK)
     target, log = root / "runs" / "assets" / "wide", tmp_path / "log"
     count, arguments = partial(breakage.count_operations, str(log), str(root)), [str(tiny_model_folder)]
@@ -294,7 +296,7 @@ def test_a_wrong_clock_and_scrambled_file_times_change_nothing(task, step, steps
         record("faults", fault="clock and file times", task=task, step=step, moment=name, result="ok")
     scramble(own)
     for done in small.STEPS[:small.STEPS.index(step) + 1]:
-        said = subprocess.run([sys.executable, "-m", "common.results", "fresh", own.result(done),
+        said = subprocess.run([sys.executable, "-m", "pipeline.fresh", own.result(done),
                                *own.arguments], cwd=own.root, env=environment(own.root), check=False,
                               capture_output=True, text=True)
         assert said.returncode == 0, said.stdout + said.stderr  # nothing runs again
@@ -302,7 +304,7 @@ def test_a_wrong_clock_and_scrambled_file_times_change_nothing(task, step, steps
 
 def scramble(own: small.Steps) -> None:
     rng = random.Random(0)
-    for folder in (*own.places.values(), own.root / own.task, own.root / "common"):
+    for folder in (*own.places.values(), own.root / own.task, *(own.root / name for name in SHARED)):
         for file in folder.rglob("*") if folder.exists() else ():
             os.utime(file, (rng.uniform(0, 4e9),) * 2)
 
@@ -368,7 +370,7 @@ def test_a_lack_of_memory_names_the_knobs(error, monkeypatch, tmp_path, record):
     main.__module__ = "task1_decoder.task"
     monkeypatch.setattr(sys, "argv", ["task.py", "--run", "memory"])
     with pytest.raises(SystemExit) as refused:
-        results.start(main, task.Config, task.PROFILES)
+        runner.start(main, task.Config, task.PROFILES)
     said = str(refused.value)
     assert "\n" not in said and "eval_batch_size" in said and "MODEL=" in said
     assert "allocate" in said or "bad_alloc" in said

@@ -18,7 +18,8 @@ import pytest
 from huggingface_hub import constants, hf_hub_download
 from safetensors.numpy import save_file
 
-from common import data, hub, results
+from pipeline import results
+from sources import data, hub
 from tests.conftest import one_line
 from tests.hub_server import Hub, Repository, commit_of, files_of
 
@@ -116,7 +117,7 @@ def python(code, home, url, before=()):
 
 
 def test_asking_for_the_cached_revision_loads_nothing_large(tmp_path):
-    done = python("import sys\nfrom common import hub\nassert hub.cached_revision('o/m') is None\n"
+    done = python("import sys\nfrom sources import hub\nassert hub.cached_revision('o/m') is None\n"
                   "print(*{'torch', 'transformers', 'httpx2', 'tqdm', 'yaml', 'numpy'} & set(sys.modules))",
                   tmp_path, REFUSED)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
@@ -237,7 +238,7 @@ def test_full_disk(folders, tmp_path):
     if not shutil.which("unshare") or subprocess.run([*small, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("no file system of 64 kB can be mounted here")
     with Hub({"o/m": folders["large"]}) as url:
-        done = python("from common import hub\nhub.fetch('o/m')", tmp_path, url, before=small)
+        done = python("from sources import hub\nhub.fetch('o/m')", tmp_path, url, before=small)
     one_line(done, "MODEL=o/m: disk full", str(tmp_path), "repeat")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import models, results, training
+from common import models, training
+from pipeline import knobs, results
 
 TASKS = sorted(path.name for path in results.ROOT.glob("task[0-9]_*"))
 CHANGED = {
@@ -30,7 +31,7 @@ def config(task: str, step: str, settings: dict):
     own, shared = config_class(task, step), importlib.import_module(f"{task}.task").PROFILES
     known = {name: value for name, value in settings.items() if name in own.__dataclass_fields__}
     profiles = getattr(importlib.import_module(f"{task}.{step}"), "PROFILES", {"cpu": {}})
-    return results.configure(own, (shared, profiles), "cpu", known)
+    return knobs.configure(own, (shared, profiles), "cpu", known)
 
 
 def knobs_of_training(task: str) -> dict:
@@ -103,7 +104,7 @@ def test_a_default_has_the_type_that_is_written_beside_it(task):
 )
 def test_a_word_or_number_that_cannot_be_is_said_before_anything_is_imported(text, word):
     with pytest.raises(SystemExit, match=word):
-        results.parse_arguments(["--set", text], results.ROOT / "task1_decoder" / "03_train.py")
+        knobs.parse_arguments(["--set", text], results.ROOT / "task1_decoder" / "03_train.py")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -166,6 +167,7 @@ def test_all_steps_of_task_1_load_the_same_base(name, monkeypatch, tmp_path):
                 "load": lambda self, step: {},
                 "folder": tmp_path,
                 "artifact": lambda self, step, name: tmp_path / "stored.json",
+                "rows": lambda self, split: [],
                 "log": lambda self, **values: None,
             },
         )()
@@ -222,7 +224,7 @@ REACHED = {"on": True, "q_proj,v_proj": {"q_proj", "v_proj"}, "query,value": {"q
 SEEN_ELSEWHERE = {
     "model", "data", "columns", "benchmark", "instruction", "precision", "double_quant", "compute",
     "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "n_benchmark", "n_general", "memory_gib",
-    "rows_per_pass", "bucket", "within_package", "other_anchors", "query_prompt", "document_prompt",
+    "rows_per_pass", "bucket", "within_package", "query_prompt", "document_prompt",
     "eval_batch_size", "terms", "n_uses", "n_texts", "init", "tied", "texts_a", "texts_b", "texts_c1",
     "texts_c2", "lr_rows", "batch_size", "distil_passes", "cuda_graphs", "liger", "rehearsal", "n_manners",
 }

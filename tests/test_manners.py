@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from common import results
+from pipeline import results
 from task1_decoder import basket, manners
 
 FOLDER = results.ROOT / "task1_decoder"

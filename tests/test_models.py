@@ -13,7 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from common import models, results
+from common import models
+from pipeline import results
+from sources import pretrained
 
 # ----------------------------------------------------------------------------------------------- gradients
 
@@ -133,7 +135,7 @@ def test_lora_targets(tiny_model):
 
 def test_a_widened_model_computes_the_same_function(tiny_model_folder, tmp_path):
     """Logits of HyperCloning x2 equal the source's in fp32, to 1e-5 of the largest."""
-    models.hyperclone(tiny_model_folder, tmp_path / "wide", 2)
+    pretrained.hyperclone(tiny_model_folder, tmp_path / "wide", 2)
     folders = [str(tiny_model_folder), str(tmp_path / "wide")]
     small, wide = (models.load_decoder(folder, "fp32") for folder in folders)
     ids = torch.arange(3, 67).reshape(2, 32)
@@ -160,7 +162,7 @@ def test_two_first_runs_unpack_a_model_once(tmp_path, monkeypatch):
         time.sleep(0.2)
         (folder / "whole").touch()
     with ThreadPoolExecutor(3) as pool:
-        folders = set(pool.map(lambda _: models.written_once("some", write), range(3)))
+        folders = set(pool.map(lambda _: pretrained.written_once("some", write), range(3)))
     assert len(written) == len(folders) == 1
     assert [path.name for path in folders.pop().iterdir()] == ["whole"]
 
@@ -172,9 +174,9 @@ def test_tokenizer_pads_with_something_that_is_not_eos(tokenizer):
 def test_what_is_no_model_is_named(tmp_path):
     for wrong, words in (("./nowhere/model", "no such folder"), ("embeded-135m", "embedded-135m")):
         with pytest.raises(SystemExit, match=words):
-            models.resolve(wrong)
+            pretrained.resolve(wrong)
     with pytest.raises(SystemExit, match=r"no config\.json"):
-        models.resolve(str(tmp_path))
+        pretrained.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="no weights"):
-        models.resolve(str(tmp_path))
+        pretrained.resolve(str(tmp_path))

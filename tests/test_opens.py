@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
-from common import hub, models, results
+from common import models
+from pipeline import results
+from sources import hub
 from task1_decoder import harness
 from tests import test_pipeline2, test_pipeline3
 from tests.conftest import environment, result_rows, step
@@ -73,7 +75,8 @@ def words(repo, tiny_model_folder) -> Path:
 def elsewhere(folder: Path, code: str, *arguments) -> dict:
     """What `code` prints last, as JSON, in a process and a folder where nothing of this repository is."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    code += "\nassert not {'common', 'task1_decoder', 'task2_encoder', 'task3_tokenizer'} & set(sys.modules)"
+    code += "\nassert not {'common', 'pipeline', 'sources', 'task1_decoder', 'task2_encoder',"
+    code += " 'task3_tokenizer'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-I", "-c", code, *map(str, arguments)], cwd=folder, env=env,
                           capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from common import results, training
+from common import training
+from pipeline import results
 from tests.conftest import environment, one_line, step
 from tests.decoders import write_rows
 from tests.hub_server import Hub

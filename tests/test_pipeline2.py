@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from common import results
+from pipeline import results
 from tests.conftest import environment, one_line, result_rows, step
 
 TASK = "task2_encoder"
@@ -107,7 +107,7 @@ encoders = [SentenceTransformer(f"{saved}/{name}", device="cpu") for name in ("a
 print(mrr(by_peft))
 for encoder in encoders:
     print(mrr(lambda texts: encoder.encode(texts, normalize_embeddings=True)))
-assert not {"common", "task2_encoder"} & set(sys.modules)
+assert not {"common", "pipeline", "sources", "task2_encoder"} & set(sys.modules)
 """
     for name in ("adapter", "merged"):
         shutil.copytree(whole[0] / name, tmp_path / name)

@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from common import models, results
+from pipeline import results
+from sources import pretrained
 from tests import forked
 from tests.planted import FAST, FAULTS
 
@@ -25,7 +26,7 @@ EACH = [pytest.param(fault, id=fault.name, marks=() if fault.name in FAST else p
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The files that git knows or would take, without results; the embedded models are shared."""
-    models.resolve("embedded-135m")
+    pretrained.resolve("embedded-135m")
     root = tmp_path_factory.mktemp("planted")
     listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
                             cwd=results.ROOT, capture_output=True, text=True, check=True).stdout

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from common import corpus, results
+from pipeline import results
+from sources import corpus
 
 PATH = results.ROOT / "task2_encoder" / "questions.jsonl"
 RUN = 4  # so many consecutive words in common with a summary count as copied

@@ -18,7 +18,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
-from common import results, stats, training
+from common import stats, training
+from pipeline import fresh, knobs, results, runner
 from task1_decoder import basket, harness
 from task3_tokenizer import vocabulary, windows
 
@@ -53,15 +54,15 @@ class Steps:
         script = results.ROOT / self.task / f"{step}.py"
         module = importlib.import_module(f"{self.task}.{step}")
         profiles = [module.task.PROFILES, *([module.PROFILES] if hasattr(module, "PROFILES") else [])]
-        args = results.parse_arguments(
+        args = knobs.parse_arguments(
             ["--profile", "smoke", "--run", "reference", *self.arguments, *more], script)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(results, "ROOT", self.root)
             patch.setattr(results, "imported_modules", dict)  # takes a second, and nothing here asks
             patch.setattr(stats, "RESAMPLES", 99)  # likewise: nothing here looks at an interval
             config = getattr(module, "Config", module.task.Config)
-            cfg = results.configure(config, profiles, "smoke", args.settings)
-            yield module, results.Run(args, script, cfg)
+            cfg = knobs.configure(config, profiles, "smoke", args.settings)
+            yield module, runner.Run(args, script, cfg)
 
     def __getitem__(self, step: str) -> dict:
         names = ["01_data", "02_baseline", "03_train", "04_eval"]
@@ -340,12 +341,12 @@ def test_a_changed_data_file_makes_the_result_of_01_stale(steps1):
     _ = steps1["01_data"]
     with steps1.run("01_data") as (_, run):
         args = SimpleNamespace(profile=run.profile, settings=run.settings)
-        assert results.changed(run.result_path, args) is None
+        assert fresh.changed(run.result_path, args) is None
         file = steps1.root / "own.jsonl"
         before = file.read_bytes()
         try:
             file.write_bytes(before.replace(b"river", b"brook", 1))
-            assert "own.jsonl changed" in str(results.changed(run.result_path, args))
+            assert "own.jsonl changed" in str(fresh.changed(run.result_path, args))
         finally:
             file.write_bytes(before)
 

@@ -7,7 +7,7 @@ import shutil
 import jinja2
 import pytest
 
-from common import results
+from pipeline import fresh, results
 from report import render
 
 COMMITTED = ("cpu", "gpu", "ru", "bench")
@@ -59,7 +59,7 @@ def test_all_committed_results_render_and_twice_alike(folder):
 def test_what_the_smoke_pipeline_has_just_made_renders(task, tmp_path):
     source = results.ROOT / "results" / "smoke" / task
     steps = ("01_data", "02_baseline", "03_train", "04_eval")
-    if any(results.changed(source / f"{step}.json") for step in steps):
+    if any(fresh.changed(source / f"{step}.json") for step in steps):
         pytest.skip("no fresh smoke results: make smoke")
     shutil.copytree(source, tmp_path / "results" / "smoke" / task)
     assert "## Verdict" in page_of(tmp_path / "results", "smoke", task)
@@ -101,10 +101,10 @@ def test_a_stale_result_is_named_with_its_reason_and_remedy(folder, only_report)
     path = folder / "cpu" / "task1_decoder" / "01_data.json"
     change(path, list, inputs={})
     assert not any("cpu/task1_decoder/01_data.json is stale" in line for line in render.problems(folder))
-    change(path, list, inputs={"common/corpus.py": "another hash"})
+    change(path, list, inputs={"sources/corpus.py": "another hash"})
     line = next(line for line in render.problems(folder) if "cpu/task1_decoder/01_data.json is stale" in line)
-    assert "common/corpus.py changed" in line and "make task1" in line
-    assert "task1_decoder/01_data (common/corpus.py changed)" in text_of(folder)
+    assert "sources/corpus.py changed" in line and "make task1" in line
+    assert "task1_decoder/01_data (sources/corpus.py changed)" in text_of(folder)
 
 
 def test_check_says_when_the_report_is_out_of_date(folder, only_report):

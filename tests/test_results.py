@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import checks, results
+from pipeline import checks, knobs, results, runner
 from tests.conftest import environment
 
 TOY = '''"""Doc."""
 from dataclasses import dataclass
-from common import results
+from pipeline import results, runner
 from task9_toy import task
 
 @dataclass(frozen=True)
@@ -34,16 +34,15 @@ def main(run):
     run.save([row], artifacts=["{step}.txt"])
 
 if __name__ == "__main__":
-    results.start(main, Config, PROFILES)
+    runner.start(main, Config, PROFILES)
 '''
 
 
 @pytest.fixture
 def toy(tmp_path):
     """A repository of one task with three steps, 03 reading 02 reading 01; runs each and returns its root."""
-    (tmp_path / "common").mkdir()
-    for name in ("__init__.py", "results.py", "hub.py"):
-        (tmp_path / "common" / name).write_text((results.ROOT / "common" / name).read_text())
+    for folder in ("pipeline", "sources"):
+        shutil.copytree(results.ROOT / folder, tmp_path / folder)
     task = tmp_path / "task9_toy"
     task.mkdir()
     (task / "__init__.py").touch()
@@ -69,7 +68,7 @@ def run(root, step, *args):
 
 def fresh(root, step, *args):
     done = subprocess.run(
-        [sys.executable, "-m", "common.results", "fresh", f"results/mine/task9_toy/{step}.json", *args],
+        [sys.executable, "-m", "pipeline.fresh", f"results/mine/task9_toy/{step}.json", *args],
         cwd=root,
         env=environment(root),
         capture_output=True,
@@ -124,7 +123,7 @@ def test_the_number_format_that_auto_took_may_be_named(toy):
     for step in ("01_a", "02_b"):
         script = toy / "task9_toy" / f"{step}.py"
         edit(script, "class Config:\n", 'class Config:\n    # a reason\n    compute: str = "auto"\n')
-        edit(script, "def main(run):\n", 'def main(run):\n    results.FACTS["compute"] = "bf16"\n')
+        edit(script, "def main(run):\n", 'def main(run):\n    runner.FACTS["compute"] = "bf16"\n')
     assert run(toy, "01_a").returncode == 0
     assert run(toy, "02_b", "--set", "compute=bf16").returncode == 0
     assert "01_a.json was made with compute='auto'" in run(toy, "02_b", "--set", "compute=fp32").stderr
@@ -293,11 +292,11 @@ def test_a_run_name_with_a_blank_is_one_line():
 def test_a_script_imports_from_the_clone_it_lies_in(toy, tmp_path):
     """Another clone on the path, as an installed one would be, is not used and not written to."""
     other = tmp_path / "other"
-    (other / "common").mkdir(parents=True)
-    (other / "common" / "__init__.py").write_text("raise ImportError('the other clone')")
+    (other / "pipeline").mkdir(parents=True)
+    (other / "pipeline" / "__init__.py").write_text("raise ImportError('the other clone')")
     source = (results.ROOT / "task1_decoder" / "03_train.py").read_text()
     (toy / "task9_toy" / "01_a.py").write_text(
-        source[: source.index("from common import results")] + (toy / "task9_toy" / "01_a.py").read_text()
+        source[: source.index("from pipeline import")] + (toy / "task9_toy" / "01_a.py").read_text()
     )
     done = subprocess.run(
         [sys.executable, str(toy / "task9_toy" / "01_a.py")],
@@ -318,7 +317,7 @@ def test_every_script_puts_its_own_clone_first():
     ]:
         text = script.read_text(encoding="utf-8")
         assert text.index("sys.path.insert(0, str(Path(__file__).resolve().parent.parent))") < text.index(
-            "from common"
+            "from pipeline"
         ), script
 
 
@@ -327,8 +326,7 @@ def test_wrong_arguments_stop_make_before_the_step(toy):
         [
             sys.executable,
             "-m",
-            "common.results",
-            "fresh",
+            "pipeline.fresh",
             "results/mine/task9_toy/01_a.json",
             "--set",
             "nothing=1",
@@ -366,7 +364,7 @@ def test_the_reason_of_a_knob_is_the_comment_above_it(tmp_path):
         "class Config:\n    # -- heading --\n    # above, first line\n    # second line\n    a: int = 1\n"
         "    b: int = 3\n"
     )
-    assert results.knobs(path) == {
+    assert knobs.read(path) == {
         "a": {"value": "1", "reason": "above, first line second line"},
         "b": {"value": "3", "reason": ""},
     }
@@ -374,7 +372,7 @@ def test_the_reason_of_a_knob_is_the_comment_above_it(tmp_path):
 
 def test_a_config_of_a_stored_result_is_a_real_one():
     config = dataclasses.make_dataclass("Config", [("a", int, 1), ("b", str, "x")], frozen=True)
-    assert results.config_of(config, {"a": 5, "b": "y", "gone": 0}, b="z") == config(a=5, b="z")
+    assert knobs.config_of(config, {"a": 5, "b": "y", "gone": 0}, b="z") == config(a=5, b="z")
 
 
 def test_nan_is_never_stored(toy):
@@ -469,7 +467,7 @@ def test_a_path_outside_is_stored_by_its_name_and_compared_by_its_content(with_d
 
     def state(step, arguments):
         done = subprocess.run(
-            [sys.executable, "-m", "common.results", "fresh", str(result_of(with_data, step, "own")),
+            [sys.executable, "-m", "pipeline.fresh", str(result_of(with_data, step, "own")),
              *arguments], cwd=with_data, env=environment(with_data), capture_output=True, text=True,
             check=False)
         return done.stdout
@@ -480,8 +478,8 @@ def test_a_path_outside_is_stored_by_its_name_and_compared_by_its_content(with_d
     file.write_text("a,c")
     assert "outside:rows.csv changed" in state("01_a", asked)
     assert "01_a is stale (outside:rows.csv changed)" in state("02_b", asked)
-    code = (f"from common import results; from pathlib import Path; "
-            f"print(results.changed(Path({str(result_of(with_data, '01_a', 'own'))!r})))")
+    code = (f"from pipeline import fresh; from pathlib import Path; "
+            f"print(fresh.changed(Path({str(result_of(with_data, '01_a', 'own'))!r})))")
     done = subprocess.run([sys.executable, "-c", code], cwd=with_data, env=environment(with_data),
                           capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"  # without arguments, as in make check, it cannot be found
@@ -500,7 +498,7 @@ def test_sources_as_anything_saved_may_name_them(tmp_path, monkeypatch):
 
 
 def test_nothing_from_data_moves_the_cursor_of_a_terminal(capsys):
-    results.Run.log(None, word="\x1b[2J\u202etxt\u200b\r\x00", next="a\nb", plain="déjà vu, ёж, 漢字")
+    runner.Run.log(None, word="\x1b[2J\u202etxt\u200b\r\x00", next="a\nb", plain="déjà vu, ёж, 漢字")
     said = capsys.readouterr().out
     assert said == ("word=\\u001b[2J\\u202etxt\\u200b\\u000d\\u0000 next=a\\nb plain=déjà vu, ёж, 漢字\n")
 
@@ -559,7 +557,7 @@ def test_the_minutes_are_those_of_the_reference_scaled_by_weights_and_steps(tiny
 
 
 def test_checks_load_neither_torch_nor_transformers():
-    code = ("import sys; from common import checks; "
+    code = ("import sys; from pipeline import checks, fresh; "
             "print(sorted({'torch', 'transformers', 'numpy', 'pandas'} & sys.modules.keys()))")
     done = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, env=environment(results.ROOT),
                           capture_output=True, text=True, check=True)

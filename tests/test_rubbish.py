@@ -22,8 +22,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import data, results
+from pipeline import results
 from report import render
+from sources import data
 from task3_tokenizer import terms
 
 PAIRS = (("prompt", "completion"), ("messages",), ("text",))

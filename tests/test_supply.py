@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common import results
+from pipeline import results
 from tests import small
 from tests.conftest import environment
 

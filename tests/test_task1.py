@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from common import corpus, results, stats
+from common import stats
+from pipeline import results
+from sources import corpus
 from task1_decoder import basket, rehearsal, scoring, task
 from tests.decoders import with_tokenizer
 
@@ -261,9 +263,10 @@ def test_shared_prefix_leaves_every_prompt_a_token():
 
 
 def own_run(folder, **knobs):
-    """As much of a results.Run as the functions below need, over a folder of jsonl files."""
+    """As much of a runner.Run as the functions below need, over a folder of jsonl files."""
     return SimpleNamespace(
-        cfg=data.Config(**knobs), artifact=lambda step, name: folder / name, track=lambda path: path
+        cfg=data.Config(**knobs), artifact=lambda step, name: folder / name, track=lambda path: path,
+        rows=lambda split: results.read_rows(folder / f"{split}.jsonl")
     )
 
 

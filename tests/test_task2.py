@@ -10,8 +10,9 @@ import pytest
 import pytrec_eval
 import torch
 
-from common import results, stats
-from task2_encoder import ablations, anchors, batches, task
+from common import stats
+from pipeline import results
+from task2_encoder import ablations, batches, task
 
 data, evaluation = (import_module(f"task2_encoder.{name}") for name in ("01_data", "04_eval"))
 VALUE = {metric.name: metric.top for metric in task.METRICS}
@@ -222,24 +223,6 @@ def test_planted_leaks_fire(planted, kind):
         data.refuse_leaks(leaked, 0.5)
 
 
-@pytest.mark.parametrize(("held_out", "questions"), [
-    ("How to average NUMBERS?", ()), ("Quite another text", ["how to average numbers"])])
-def test_another_anchor_that_is_held_out_or_a_question_is_dropped_or_fires(held_out, questions):
-    (row,) = data.group(pairs_of(("Return the mean of all", "def mean_of(x): return sum(x) / len(x)")))
-    row["anchors"] = {"question": "how to average numbers", "later": "Every number counts."}
-    test = [{"id": "t", "group": "t", "anchor": held_out, "positive": "def q(z): return z"}]
-    leaked = data.leaks([row], test, questions)
-    assert leaked["other_anchor"] == 1 and sum(leaked.values()) == 1
-    with pytest.raises(SystemExit, match="shares rows"):
-        data.refuse_leaks(leaked, 0.5)
-    taken = {task.normalise(text) for text in (held_out, *questions)}
-    kept = anchors.allowed(row, taken)
-    assert kept == {"later": "Every number counts."}
-    copied = row | {"positive": 'def mean_of(x):\n    raise ValueError("every number counts!")'}
-    assert anchors.allowed(copied, taken) == {}
-    assert data.leaks([row | {"anchors": kept}], test, questions)["other_anchor"] == 0
-
-
 def test_the_gate_of_word_search_fires():
     data.refuse_leaks({"same_summary": 0}, 0.95)
     with pytest.raises(SystemExit, match=r"BM25 alone reaches MRR@10 0\.990"):
@@ -314,7 +297,7 @@ def test_every_topic_is_known_in_every_fold():
 # ------------------------------------------------------------------------------------------------- batches
 
 def knobs(**changes):
-    own = dict(max_steps=30, batch_size=8, bucket=25, within_package=False, other_anchors=0.0, seed=0)
+    own = dict(max_steps=30, batch_size=8, bucket=25, within_package=False, seed=0)
     return SimpleNamespace(**own | changes)
 
 
@@ -343,30 +326,6 @@ def test_no_group_stands_twice_in_a_batch_and_batches_are_alike_in_length():
         return sum(len({rows[i]["package"] for i in batch}) > 1 for batch in again)
 
     assert mixed(False) > 25 and mixed(True) < 8  # only where two packages meet in a span
-
-
-def test_rows_come_with_their_other_anchors_as_often_as_asked_and_anew_in_every_epoch():
-    """80 rows with two other anchors each, ten epochs of ten batches, and one anchor that two rows share."""
-    rows = [{"id": f"r{i}", "group": f"r{i}", "package": "p", "anchor": f"summary {i}",
-             "anchors": {"later": f"words {i // 2}", "question": f"how {i}"}} for i in range(80)]
-    rows = batches.with_other_anchors(rows)
-    assert len(rows) == 240 and [row["anchor"] for row in rows[80:82]] == ["words 0", "how 0"]
-    lengths = [(len(row["anchor"]), int(row["id"][1:])) for row in rows]
-
-    def drawn(**changes):
-        order = batches.schedule(rows, lengths, knobs(max_steps=80, **changes))
-        return [[rows[i] for i in batch] for batch in order]
-
-    def share(order):
-        return np.mean([not row["anchor"].startswith("summary") for batch in order for row in batch])
-
-    half = drawn(other_anchors=0.5)
-    assert share(drawn()) == 0 and share(drawn(other_anchors=1.0)) == 1 and 0.3 < share(half) < 0.6
-    assert share(drawn(other_anchors=0.25)) < share(half) - 0.1
-    assert half == drawn(other_anchors=0.5) != drawn(other_anchors=0.5, seed=1)
-    assert len({row["anchor"] for batch in half for row in batch if row["id"] == "r7"}) == 3
-    assert all(len({row["anchor"] for row in batch}) == len({row["id"] for row in batch}) == 8
-               for batch in half)
 
 
 def test_too_few_groups_for_a_batch_is_an_error():

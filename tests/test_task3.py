@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import models, results, stats
+from common import models, stats
+from pipeline import results
 from task3_tokenizer import distil, embeddings, task, vocabulary, windows
 
 training = importlib.import_module("task3_tokenizer.03_train")
@@ -447,7 +448,7 @@ def test_whole_words_are_entries_that_begin_with_a_space(tokenizer):
 def test_the_test_texts_are_read_by_kind(tmp_path):
     window, *others = ({"set": kind, "text": kind} for kind in ("term windows", "any text", "any text"))
     results.write_rows(tmp_path / "test.jsonl", [window, *others])
-    run = SimpleNamespace(artifact=lambda step, name: tmp_path / name)
+    run = SimpleNamespace(rows=lambda split: results.read_rows(tmp_path / f"{split}.jsonl"))
     assert task.test_sets(run) == {"term windows": [window], "any text": others}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import ModelCard, metadata_load
 
-from common import models
+from sources import pretrained
 
 
 def write(run, trained: dict, rows: list[dict], *folders: str) -> None:
@@ -15,11 +15,11 @@ def write(run, trained: dict, rows: list[dict], *folders: str) -> None:
 
     ValueError if it were no card that hubs can read.
     """
-    card = Path(models.resolve(trained["config"]["model"])) / "README.md"
+    card = Path(pretrained.resolve(trained["config"]["model"])) / "README.md"
     said = metadata_load(card) if card.exists() else {}
     source = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
     template = jinja2.Template(source, trim_blocks=True, lstrip_blocks=True)
     for folder in folders:
         text = template.render(run=run, folder=folder, trained=trained, measured=rows, said=said or {},
-                               named=models.public_name)
+                               named=pretrained.public_name)
         ModelCard(text).save(run.folder / folder / "README.md")

@@ -14,7 +14,7 @@ import re
 import shlex
 from pathlib import Path
 
-from common import hub
+from sources import hub
 
 # The sets of columns that a task accepts; the first one that the data has is read.
 FORMS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 import safetensors
 
-from common import results
+from pipeline import results
 
 
 def sources(script: Path, settings: dict[str, str]) -> None:
@@ -22,7 +22,7 @@ def sources(script: Path, settings: dict[str, str]) -> None:
     Data is looked at by 01, the first step to read it.
     """
     if script.stem == "01_data" and settings.keys() & {*results.SOURCES} - {"model"}:
-        from common import data
+        from sources import data
         data.check(script.parent.name, settings)
     folder = Path(settings.get("model", "")).expanduser()
     if folder.name and folder.is_dir():

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import hub, results
+from pipeline import results
+from sources import hub
 
 # Import name -> split; "stdlib" is the library of this interpreter. Whole packages are held out, so that a
 # gain is one on code of packages never seen in training. They come first: of two copies the first one stays.
