@@ -40,16 +40,16 @@ endif
 .NOTPARALLEL:
 .PHONY: all task1 task2 task3 ablations ask report check test test-all faults lint smoke setup help clean FORCE
 
-all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 31 min on 2 cores after set-up
+all: task1 task2 task3 report  ## everything there is for PROFILE, then report.md: 33 min on 2 cores after set-up
 	@$(PY) -m report.render summary $(RUN)
 
-task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (13 min on 2 cores)
+task1: setup $(call steps,task1_decoder)  ## decoder: data, baseline, QLoRA, evaluation; only stale steps (14 min on 2 cores)
 	@$(PY) -m report.render $(RUN)/task1_decoder
 
 task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, contrastive QLoRA, search after; only stale steps (8 min on 2 cores)
 	@$(PY) -m report.render $(RUN)/task2_encoder
 
-task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (10 min on 2 cores)
+task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (11 min on 2 cores)
 	@$(PY) -m report.render $(RUN)/task3_tokenizer
 
 ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (125 min on 2 cores)
