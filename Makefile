@@ -52,7 +52,7 @@ task2: setup $(call steps,task2_encoder)  ## encoder: pairs, search before, cont
 task3: setup $(call steps,task3_tokenizer)  ## tokenizer: terms, spelling, training in stages, evaluation; only stale steps (11 min on 2 cores)
 	@$(PY) -m report.render $(RUN)/task3_tokenizer
 
-ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (125 min on 2 cores)
+ablations: $(if $(TERMS),,task1 $(R)/task1_decoder/ablations.json task2 $(R)/task2_encoder/ablations.json) task3 $(R)/task3_tokenizer/ablations.json  ## what each choice was worth, a training per row (120 min on 2 cores)
 
 # training on several GPUs of one host: tasks 1 and 2 (task 3's stages are too short to be worth it)
 $(R)/task1_decoder/03_train.json $(R)/task2_encoder/03_train.json: LAUNCH = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc_per_node $(NPROC) --)

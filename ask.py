@@ -29,7 +29,7 @@ def run_of(args, config_class) -> runner.Run:
     settings = result["settings"]
     named = SimpleNamespace(profile=result["profile"], run=args.run, settings=settings, asked=settings)
     return runner.Run(named, results.ROOT / folder / "03_train.py",
-                       knobs.config_of(config_class, result["config"], **changes))
+                      knobs.config_of(config_class, result["config"], **changes))
 
 
 def decoder(args) -> dict[str, list[str]]:

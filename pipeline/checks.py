@@ -16,7 +16,7 @@ import safetensors
 from pipeline import results
 
 
-def sources(script: Path, settings: dict[str, str]) -> None:
+def given_sources(script: Path, settings: dict[str, str]) -> None:
     """SystemExit in one line if a source in `settings` cannot work. A model on a hub is left to the download.
 
     Data is looked at by 01, the first step to read it.

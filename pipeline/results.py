@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# these never change a number; nothing in pipeline/ does
+# these change no number, and neither does pipeline/, of which no module is hashed
 PLUMBING = {"sources/hub.py", "sources/__init__.py", "common/__init__.py"}
 SOURCES = ("model", "data", "columns", "benchmark", "terms")  # knobs that are variables of the Makefile
 
@@ -198,7 +198,9 @@ def result_hash(result: dict) -> str:
 
 
 def imported_modules() -> dict[str, str]:
-    """{path: source hash} of the repository's modules that this process has imported."""
+    """{path: source hash} of the modules of common/, sources/ and the tasks that this process has imported,
+    without PLUMBING: those that can change a number.
+    """
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
     names = {shown(Path(file).resolve()) for file in files}
     return {name: source_hash(ROOT / name) for name in sorted(names - PLUMBING)

@@ -22,7 +22,7 @@ from pipeline import checks, knobs, results
 from sources import hub
 
 UPSTREAM: dict = {}  # what earlier steps chose by themselves, of those this process has loaded
-FACTS: dict = {}  # what this process chose by itself (number format, threads): part of every result's `env`
+FACTS: dict = {}  # what this process chose or predicted (number format, threads, GiB), for a result's `env`
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # under torchrun only the first process prints and writes
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "lm-eval",
             "sentence-transformers", "tokenizers", "numpy", "scipy", "scikit-learn")
@@ -41,7 +41,7 @@ def check_arguments(file: str, doc: str) -> None:
     """
     script = Path(file).resolve()
     args = knobs.parse_arguments(sys.argv[1:], script, doc)
-    checks.sources(script, args.settings)
+    checks.given_sources(script, args.settings)
     if MAIN_PROCESS and (minutes := checks.minutes(script, args)):
         print(minutes, flush=True)
     for library in ("bitsandbytes", "lm_eval"):  # they advise to install optional packages
@@ -145,7 +145,7 @@ class Run:
         return path
 
     def rows(self, split: str) -> list[dict]:
-        """What 01 left in <split>.jsonl, as from `artifact`."""
+        """The rows that 01 left in <split>.jsonl, which is checked as `artifact` says."""
         return results.read_rows(self.artifact("01_data", f"{split}.jsonl"))
 
     def hub_commits(self) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The reader of own data (DATA=): a file, a folder of texts or a data set of a hub, checked row by row.
 
-It stands apart from the corpus, and scripts import it where they need it, so that a change here makes only
-results on own data stale. pandas, pyarrow or datasets are loaded when a file of theirs is read, and nothing
-larger: `check` answers a user's mistakes before the slow imports of a step.
+It stands apart from the corpus, and tasks 1 and 2 import it where they need it, so that a change here makes
+only their results on own data stale; 01 of task 3 reads its list of terms here, and always depends on it.
+pandas, pyarrow or datasets are loaded when a file of theirs is read, and nothing larger: `check` answers a
+user's mistakes before the slow imports of a step.
 """
 
 from __future__ import annotations

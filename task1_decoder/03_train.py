@@ -60,7 +60,7 @@ class Config(task.Config):
     learning_rate: float = 2e-3
     # 75 x 8 = 600 rows, 540 of the 15,914 functions and 60 of rehearsal: what 3 minutes on 2 cores afford at
     # 2.5 s a step. An earlier run of 90 had dev 3.00 at step 60 and 2.98 at its end. On a GPU 400 x 32 =
-    # 12,800 rows are 0.8 epochs in 1.5 minutes of steps; dev falls from 3.06 at step 100 to 2.99. Own data:
+    # 12,800 rows are 0.8 epochs in 1.2 minutes of steps; dev falls from 3.06 at step 100 to 2.99. Own data:
     # epochs x rows / batch_size, with two or three epochs.
     max_steps: int = 75
     # Small, because steps are few: at the same 1,152 rows, 144 steps of 8 reached dev 3.09 where 72 of 16
@@ -242,7 +242,7 @@ def train(cfg, rows: list[dict], dev: list[dict], checkpoints: Path, data_hash: 
              "rows_per_pass": passes.rows,
              "gradient_checkpointing": passes.checkpointing, "cuda_graphs": passes.graphs,
              "processes": training.PROCESSES}
-    runner.FACTS["predicted_GiB"] = passes.predicted["total"] / 2**30  # for a line if it was not enough
+    runner.FACTS["predicted_GiB"] = passes.predicted["total"] / 2**30  # said if memory runs out
     log(**stats, predicted_GiB=runner.FACTS["predicted_GiB"])
 
     args = training.one_process(TrainingArguments(

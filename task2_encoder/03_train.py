@@ -91,7 +91,7 @@ class Config(task.Config):
     # Norms run at 0.6-2.4 here, so 1.0, the library's default, trims most steps a little and caps the
     # outliers. Untuned.
     max_grad_norm: float = 1.0
-    # The adapter starts as no change and sees no pair more than twice: nothing to shrink.
+    # The adapter starts as no change and sees few pairs more than twice: nothing to shrink.
     weight_decay: float = 0.0
     # The state is 2 x 4 bytes x 0.66M = 5 MB: nothing to page out, no reason for 8 bits.
     optimizer: str = "adamw_torch_fused"

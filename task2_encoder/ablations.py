@@ -7,7 +7,7 @@ was at.
 
 Reads   the knobs and data of 01-04 of the same run
 Writes  results/<run>/task2_encoder/ablations.json, runs/<run>/task2_encoder/ablations/
-Needs   about 3 min a row, 40 min in all, and 3 GB on 2 cores
+Needs   about 3 min a row, 35 min in all, and 3 GB on 2 cores
 """
 
 import sys

@@ -304,6 +304,7 @@ def main(run):
     for arm in arms(task.lexicon(run)):
         for stage, stats in train(run.cfg, arm, run.folder / arm.name, texts, dev, data, run.log):
             about = {"name": arm.name, "stage": stage}
+            # losses are a table of their own; "identity" is what results.cached compares
             losses, _ = stats.pop("losses", []), stats.pop("identity")
             table += [{"table": "curve", **about, "metric": "loss", **loss} for loss in losses]
             table += facts("training", arm.name, stats, stage=stage)

@@ -107,7 +107,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(index, steps, record):
 
 UNPACK = """
 import sys
-from common import models
+from sources import pretrained
 print(pretrained.written_once("wide", lambda folder: pretrained.hyperclone(sys.argv[1], folder, times=2)))
 """
 

@@ -507,7 +507,7 @@ def test_nothing_from_data_moves_the_cursor_of_a_terminal(capsys):
 
 def refused(model, script="03_train.py", **settings):
     with pytest.raises(SystemExit) as stop:
-        checks.sources(results.ROOT / "task1_decoder" / script, {"model": str(model), **settings})
+        checks.given_sources(results.ROOT / "task1_decoder" / script, {"model": str(model), **settings})
     said = str(stop.value)
     assert "\n" not in said and str(model) in said
     return said
@@ -517,12 +517,12 @@ def test_a_model_folder_is_checked_before_the_slow_imports(tiny_model_folder, tm
     model = shutil.copytree(tiny_model_folder, tmp_path / "model")
     script = results.ROOT / "task1_decoder" / "03_train.py"
     for wanted in ("all-linear", "q_proj,mlp.up_proj", "layers.1.mlp.down_proj", r".*(q|k)_proj"):
-        checks.sources(script, {"model": str(model), "target_modules": wanted})
+        checks.given_sources(script, {"model": str(model), "target_modules": wanted})
     said = refused(model, target_modules="q_proj,query")
     assert "no layer named query" in said and "k_proj" in said and "up_proj" in said
     (model / "chat_template.jinja").write_text("{% for m in messages %}{% generation %}x{% endgeneration %}"
                                                "{% endfor %}")
-    checks.sources(script, {"model": str(model)})
+    checks.given_sources(script, {"model": str(model)})
     (model / "chat_template.jinja").write_text("{% for m in messages %}")
     assert "chat template" in refused(model)
     (model / "chat_template.jinja").unlink()
@@ -557,7 +557,7 @@ def test_the_minutes_are_those_of_the_reference_scaled_by_weights_and_steps(tiny
 
 
 def test_checks_load_neither_torch_nor_transformers():
-    code = ("import sys; from pipeline import checks, fresh; "
+    code = ("import sys; from pipeline import checks, fresh, results, runner; "
             "print(sorted({'torch', 'transformers', 'numpy', 'pandas'} & sys.modules.keys()))")
     done = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, env=environment(results.ROOT),
                           capture_output=True, text=True, check=True)
