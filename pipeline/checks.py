@@ -14,6 +14,7 @@ import jinja2
 import safetensors
 
 from pipeline import results
+from sources import hub
 
 
 def given_sources(script: Path, settings: dict[str, str]) -> None:
@@ -24,8 +25,12 @@ def given_sources(script: Path, settings: dict[str, str]) -> None:
     if script.stem == "01_data" and settings.keys() & {*results.SOURCES} - {"model"}:
         from sources import data
         data.check(script.parent.name, settings)
-    folder = Path(settings.get("model", "")).expanduser()
-    if folder.name and folder.is_dir():
+    model = settings.get("model", "")
+    folder = Path(model).expanduser()
+    if model and not folder.is_dir() and not model.startswith("embedded-") and not hub.is_id(model):
+        raise SystemExit(f"MODEL={model}: no such folder, and not a hub id (owner/name); `make help` lists "
+                         "the embedded models")
+    if model and folder.is_dir():
         complete(folder)
         compile_templates(folder)
         layers = [name.removesuffix(".weight") for name, shape in tensors(folder).items() if len(shape) == 2]

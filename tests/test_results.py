@@ -513,6 +513,13 @@ def refused(model, script="03_train.py", **settings):
     return said
 
 
+@pytest.mark.parametrize("wrong", ["/nowhere/model", "./model", "~/model", "embeded-135m"])
+def test_what_is_no_model_is_named_before_the_slow_imports(wrong):
+    assert "no such folder, and not a hub id" in refused(wrong)
+    for possible in ("embedded-135m", "embedded-2b", "owner/name", "owner/name@main"):
+        checks.given_sources(results.ROOT / "task1_decoder" / "03_train.py", {"model": possible})
+
+
 def test_a_model_folder_is_checked_before_the_slow_imports(tiny_model_folder, tmp_path):
     model = shutil.copytree(tiny_model_folder, tmp_path / "model")
     script = results.ROOT / "task1_decoder" / "03_train.py"
