@@ -45,7 +45,7 @@ def table(rows: list[dict]) -> str:
 def counted(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
     """A row for each value of `keys` with its number of cases."""
     cases = Counter(tuple(row.get(key, "") for key in (*keys, "result")) for row in rows)
-    return [dict(zip((*keys, "result"), values)) | {"cases": n} for values, n in cases.items()]
+    return [dict(zip((*keys, "result"), values)) | {"cases": n} for values, n in sorted(cases.items())]
 
 
 def page(found: dict[str, list[dict]], about: dict) -> str:

@@ -299,7 +299,7 @@ def test_task_1_compares_the_tuned_model_with_the_base(steps1, plain_nf4, tiny_m
     scored = {}
     for name, model in models.items():
         scored[f"{name} base"] = plain_items(model, pairs[:8])
-        with_adapter = PeftModel.from_pretrained(model, adapter)
+        with_adapter = PeftModel.from_pretrained(model, adapter).train()  # PEFT calls eval(), see plain_nf4
         tuned = tuned or plain_items(with_adapter, pairs)
         scored[f"{name} + adapter"] = plain_items(with_adapter, pairs[:8])
         with_adapter.unload()
