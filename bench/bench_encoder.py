@@ -5,7 +5,6 @@ uses it, with the 4-bit base's default attention and dropout, and NO_DUPLICATES 
 `train` of 03 (plain attention on a CPU, no dropout in the frozen base, batches of similar length, no casts
 that autocast would undo). Batches differ, so the losses are alike and not the same. On an H200 both wait for
 the launch of kernels: a step of 128 pairs takes as long with batches of any length.
-In another call, beside 22 busy cores of the H200's host, ours was slower: 0.89 of the peer (not kept).
 
     python bench/bench_encoder.py [--model M] [--rows N ...] [--steps N] [--repeat N]
 """
