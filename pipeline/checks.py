@@ -30,11 +30,13 @@ def given_sources(script: Path, settings: dict[str, str]) -> None:
     if model and not folder.is_dir() and not model.startswith("embedded-") and not hub.is_id(model):
         raise SystemExit(f"MODEL={model}: no such folder, and not a hub id (owner/name); `make help` lists "
                          "the embedded models")
+    wanted = settings.get("target_modules", "all-linear")
+    if not is_list(wanted):
+        expression(wanted)
     if model and folder.is_dir():
         complete(folder)
         compile_templates(folder)
         layers = [name.removesuffix(".weight") for name, shape in tensors(folder).items() if len(shape) == 2]
-        wanted = settings.get("target_modules", "")
         if layers and is_list(wanted):  # the names in an expression may be longer in the model
             target_modules(wanted, layers, f"MODEL={folder}")
 
@@ -87,12 +89,21 @@ def target_modules(wanted: str, layers: list[str], where: str) -> list[str] | st
         return endings
     names = wanted.split(",") if is_list(wanted) else []
     missing = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
-    if not names and not any(re.fullmatch(wanted, layer) for layer in layers):
+    if not names and not any(expression(wanted).fullmatch(layer) for layer in layers):
         missing = [wanted]
     if missing:
         raise SystemExit(f"target_modules: no layer named {', '.join(missing)} in {where}; it has "
                          f"{', '.join(endings) or 'none'}")
     return names or wanted
+
+
+def expression(wanted: str) -> re.Pattern:
+    """The knob `target_modules` as a regular expression. SystemExit if it is none."""
+    try:
+        return re.compile(wanted)
+    except re.error as err:
+        raise SystemExit(f"target_modules={wanted!r}: neither names with commas nor a regular expression "
+                         f"({err})") from None
 
 
 def is_list(wanted: str) -> bool:
@@ -106,7 +117,7 @@ def minutes(script: Path, args) -> str | None:
     It is the time of the committed run of the profile. What follows 01 is scaled by the size of the weights,
     and training by its steps and batch as well.
     """
-    folder, own = results.ROOT / "results" / args.profile / script.parent.name, args.settings
+    folder, own = results.ROOT / "results" / args.profile / script.parent.name, args.of_task
     try:
         found = {path.stem: results.read(path) for path in sorted(folder.glob("0*.json"))}
     except SystemExit:  # not as a step wrote it

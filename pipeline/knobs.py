@@ -15,9 +15,14 @@ from pipeline import results
 
 PROFILES = ("smoke", "cpu", "gpu")
 CHOICES = {"compute": ("auto", "bf16", "fp16", "fp32"), "precision": ("nf4", "bf16", "fp16", "fp32"),
-           "gradient_checkpointing": ("auto", "on", "off")}
+           "gradient_checkpointing": ("auto", "on", "off"),
+           "schedule": ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"),
+           "init": ("mean of pieces", "random", "vocabulary mean", "last and first piece", "weighted pieces",
+                    "distilled")}  # embeddings.INITS, which imports torch
 AT_LEAST_1 = {"lora_r", "lora_alpha", "batch_size", "eval_batch_size", "eval_every", "max_steps", "log_every",
-              "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket"}
+              "max_prompt_tokens", "max_completion_tokens", "max_new_tokens", "max_tokens", "bucket",
+              "n_test", "n_dev", "n_pool"}
+AT_MOST_1 = {"rehearsal", "lora_dropout", "base_dropout"}
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
@@ -37,15 +42,18 @@ def read(path: Path) -> dict[str, dict[str, str]]:
 
 def value_of(name: str, text: str, default):
     """The value that `text` gives to a knob, in the type of its default. SystemExit if it cannot be one."""
-    kind, least = type(default), int(name in AT_LEAST_1)
+    kind, least, most = type(default), int(name in AT_LEAST_1), 1 if name in AT_MOST_1 else math.inf
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         number = kind in (int, float)
-        if value not in CHOICES.get(name, [value]) or (number and not least <= value < math.inf):
+        if number and not (least <= value <= most and value < math.inf):
+            raise ValueError
+        if value not in CHOICES.get(name, [value]):
             raise ValueError
     except (ValueError, KeyError):
         wanted = {bool: "true or false", int: f"a whole number, {least} or more",
-                  float: "a number, 0 or more", str: f"one of {', '.join(CHOICES.get(name, []))}"}[kind]
+                  float: f"a number, 0 {'to 1' if most == 1 else 'or more'}",
+                  str: f"one of {', '.join(CHOICES.get(name, []))}"}[kind]
         raise SystemExit(f"knob {name}={text!r}: expected {wanted}") from None
     return value
 
@@ -53,8 +61,9 @@ def value_of(name: str, text: str, default):
 def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Namespace:
     """The arguments that every step takes, checked against the script's source, before anything is imported.
 
-    `settings` keeps the knobs of this step: one SET serves `make`, so a knob of another step or task is no
-    error, and `asked` keeps it for the command that a message proposes.
+    `settings` keeps the knobs of this step and `of_task` those of all its steps, so that 01 refuses what 03
+    would: one SET serves `make`, so a knob of another task is no error, and `asked` keeps all for the command
+    that a message proposes.
     """
     parser = argparse.ArgumentParser(prog=results.shown(script), description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,9 +97,14 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     declared = everywhere.get(script.with_name("task.py"), {}) | everywhere[script]
     args.asked = dict(sorted(settings.items()))
     args.settings = {name: value for name, value in args.asked.items() if name in declared}
-    for name, text in args.settings.items():
-        with contextlib.suppress(ValueError):  # a default that is no literal is text
-            value_of(name, text, ast.literal_eval(declared[name]["value"]))
+    args.of_task = {}
+    for path, knobs in everywhere.items():
+        for name in args.asked.keys() & knobs.keys() if path.parent == script.parent else ():
+            args.of_task[name] = args.asked[name]
+            with contextlib.suppress(ValueError):  # a default that is no literal is text
+                value_of(name, args.asked[name], ast.literal_eval(knobs[name]["value"]))
+    if args.run in results.REFERENCE and args.asked.get("data", "corpus") != "corpus":
+        raise SystemExit(f"RUN={args.run} is a reference run of this repository; own data needs another")
     return args
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # these change no number, and neither does pipeline/, of which no module is hashed
 PLUMBING = {"sources/hub.py", "sources/__init__.py", "common/__init__.py"}
+REFERENCE = ("cpu", "gpu", "ru")  # runs of this repository
 SOURCES = ("model", "data", "columns", "benchmark", "terms")  # knobs that are variables of the Makefile
 
 
@@ -80,7 +81,9 @@ def read(path: Path, remedy: str = "") -> dict:
 def cached(path: Path, given: list, make) -> dict:
     """What `make()` returned, kept at `path` as long as `given` (knobs, data) and the code are the same."""
     identity = digest([given, imported_modules()])
-    if not (path.exists() and json.loads(path.read_text())["identity"] == identity):
+    if path.exists() and json.loads(path.read_text())["identity"] == identity:
+        print(f"{shown(path)}: as an earlier start left it", flush=True)
+    else:
         write_atomic(path, json.dumps({"identity": identity, **make()}))
     return json.loads(path.read_text())
 

@@ -30,6 +30,7 @@ LESS_MEMORY = "SET='eval_batch_size=.. rows_per_pass=..' lower, or a smaller MOD
 # Words in an error of the system or of a library, and what a user can do about it.
 REMEDIES = {os.strerror(errno.ENOSPC): "free some space", os.strerror(errno.EROFS): "make it writable",
             os.strerror(errno.EACCES): "make it writable",
+            "is not a valid OptimizerNames": "take one of these",
             "unexpected pos": f"{os.strerror(errno.ENOSPC)}: free some space",  # as torch.save says it
             "out of memory": LESS_MEMORY, "allocate memory": LESS_MEMORY, "Unable to allocate": LESS_MEMORY,
             "bad_alloc": LESS_MEMORY, "failed to map segment": LESS_MEMORY, "start new thread": LESS_MEMORY,
@@ -42,7 +43,7 @@ def check_arguments(file: str, doc: str) -> None:
     """
     script = Path(file).resolve()
     args = knobs.parse_arguments(sys.argv[1:], script, doc)
-    checks.given_sources(script, args.settings)
+    checks.given_sources(script, args.of_task)
     if MAIN_PROCESS and (minutes := checks.minutes(script, args)):
         print(minutes, flush=True)
     for library in ("bitsandbytes", "lm_eval"):  # they advise to install optional packages

@@ -12,13 +12,17 @@ import torch
 
 from common import models, training
 from pipeline import knobs, results
+from task3_tokenizer import embeddings
 
 TASKS = sorted(path.name for path in results.ROOT.glob("task[0-9]_*"))
 CHANGED = {
     "precision": "fp32",
     "compute": "fp32",
     "gradient_checkpointing": "on",
-}  # words of which only some are allowed
+    "schedule": "linear",
+    "rehearsal": "0.2",
+    "init": "random",
+}  # words and numbers of which only some are allowed
 
 
 def config_class(task: str, step: str):
@@ -100,11 +104,34 @@ def test_a_default_has_the_type_that_is_written_beside_it(task):
         ("lora_r=0", "1 or more"),
         ("precision=NF4", "one of nf4"),
         ("learning_rate=nan", "a number"),
+        ("schedule=cosin", "one of cosine"),
+        ("rehearsal=2", "0 to 1"),
+        ("lora_dropout=1.5", "0 to 1"),
+        ("n_test=0", "1 or more"),
     ],
 )
-def test_a_word_or_number_that_cannot_be_is_said_before_anything_is_imported(text, word):
+@pytest.mark.parametrize("step", ["01_data", "03_train"])  # 01 refuses what 03 would after minutes
+def test_a_word_or_number_that_cannot_be_is_said_before_anything_is_imported(text, word, step):
     with pytest.raises(SystemExit, match=word):
-        knobs.parse_arguments(["--set", text], results.ROOT / "task1_decoder" / "03_train.py")
+        knobs.parse_arguments(["--set", text], results.ROOT / "task1_decoder" / f"{step}.py")
+
+
+def test_first_values_of_rows_that_are_none_are_said_before_anything_is_imported():
+    script = results.ROOT / "task3_tokenizer" / "01_data.py"
+    for method in embeddings.INITS:
+        assert knobs.parse_arguments(["--set", f"init={method}"], script).of_task == {"init": method}
+    with pytest.raises(SystemExit, match="one of mean of pieces"):
+        knobs.parse_arguments(["--set", "init=zeros"], script)
+    # a knob of another task is none of this one's business
+    assert knobs.parse_arguments(["--set", "rehearsal=0.2"], script).of_task == {}
+
+
+@pytest.mark.parametrize("run", results.REFERENCE)
+def test_own_data_never_replaces_a_reference_run(run):
+    script = results.ROOT / "task1_decoder" / "01_data.py"
+    with pytest.raises(SystemExit, match=f"RUN={run} is a reference run"):
+        knobs.parse_arguments(["--run", run, "--data", "own.jsonl"], script)
+    assert knobs.parse_arguments(["--run", run, "--data", "corpus"], script).run == run
 
 
 @pytest.mark.parametrize("task", TASKS)

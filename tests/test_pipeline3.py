@@ -148,6 +148,8 @@ def test_stopped_after_the_last_stage_it_ends_without_training_again(repo, own, 
     after = json.loads(result.read_text())
     assert after["rows"] == before["rows"] and after["artifacts"] == before["artifacts"]
     assert "loss=" not in done.stdout
+    for stage in ("a", "b", "c1", "c2"):
+        assert f"new/{stage}/stage.json: as an earlier start left it" in done.stdout
 
 
 def test_the_tokenizer_that_01_saved_is_the_one_all_steps_use(whole, tiny_model_folder, monkeypatch):

@@ -527,6 +527,8 @@ def test_a_model_folder_is_checked_before_the_slow_imports(tiny_model_folder, tm
         checks.given_sources(script, {"model": str(model), "target_modules": wanted})
     said = refused(model, target_modules="q_proj,query")
     assert "no layer named query" in said and "k_proj" in said and "up_proj" in said
+    with pytest.raises(SystemExit, match="neither names with commas nor a regular expression"):
+        checks.given_sources(script, {"target_modules": "[("})
     (model / "chat_template.jinja").write_text("{% for m in messages %}{% generation %}x{% endgeneration %}"
                                                "{% endfor %}")
     checks.given_sources(script, {"model": str(model)})
@@ -549,7 +551,7 @@ def test_the_minutes_are_those_of_the_reference_scaled_by_weights_and_steps(tiny
     script = results.ROOT / "task1_decoder" / "03_train.py"
 
     def said(step="03_train", profile="cpu", **settings):
-        return checks.minutes(script.with_stem(step), SimpleNamespace(profile=profile, settings=settings))
+        return checks.minutes(script.with_stem(step), SimpleNamespace(profile=profile, of_task=settings))
     seconds = [json.loads(path.read_text())["cost"]["seconds"] for path in sorted(
         (results.ROOT / "results" / "cpu" / "task1_decoder").glob("0*.json"))]
     assert f"03_train: about {round(seconds[2] / 60)} min, if this machine is like" in said()

@@ -240,12 +240,40 @@ def test_a_result_with_another_value_renders_or_is_refused_in_one_line(stored, r
 
 # ------------------------------------------------------------------------------------------ text in a report
 
+SAID = {"prompt", "before", "after", "item", "id", "token", "output_before", "output_after", "first_before",
+        "first_after", "pieces", "rejected", "anchors", "negative_anchors", "definition_base",
+        "definition_control", "definition_new", "near_input_init", "near_input_c2", "near_output_init",
+        "near_output_c2"}  # columns of results that hold what data or models say
 MARKUP = ["<script>", "<img src=x>", "![x](http://a/b)", "<!-- end -->", "]]>", "| a | b |", "\r", "\n\n",
           "# head", "```", "**b**", "<br>", "&lt;", "\u202e", "\u2066", "\u200b", "\u200f", "\ufeff",
           "\x1b[2J", "\x00", "www.x.org", "</code>", "{{ 1 }}", "{% x %}", "~~s~~"]
 TEXTS = st.one_of(st.text(), st.text(alphabet=sorted(set("".join(MARKUP) + "&_!\\\"'\t\u2028"))),
                   st.lists(st.sampled_from(MARKUP)).map("".join))
 INVISIBLE = {"Cc", "Cf", "Zl", "Zp", "Cs", "Co", "Cn"}
+
+
+def test_what_data_and_models_say_is_markup_on_no_page(stored, tmp_path, record):
+    """Every text of data or models in whole results, with a seal of its own, and every name of a source."""
+    root, bad, changed = shutil.copytree(stored, tmp_path / "results"), "zq" + "".join(MARKUP), 0
+
+    def spoil(values: dict, names: set[str]) -> int:
+        texts = [name for name in names & values.keys() if isinstance(values[name], str)]
+        lists = [name for name in names & values.keys() if isinstance(values[name], list)]
+        values |= {name: bad for name in texts} | {name: [bad] * len(values[name]) for name in lists}
+        return len(texts) + len(lists)
+    for path in root.glob("*/task*/0*.json"):
+        result = json.loads(path.read_text())
+        changed += sum(spoil(row, SAID) for row in result["rows"])
+        spoil(result["settings"], set(results.SOURCES) - {"model"})
+        path.write_text(results.sealed(result))
+    assert changed > 500
+    pages = {path: text for path, text in render.render(root).items() if path.suffix == ".md"}
+    assert sum(text.count("zq") for text in pages.values()) > 200
+    for path, text in pages.items():
+        for raw in ("<script>", "<img src", "![x]", "](http:", "<!-- end", "zq\n", "\r", "\x00", "\x1b",
+                    "\u202e", "\u2066", "\u200b", "\u200f", "\ufeff"):
+            assert raw not in text, (path, raw)
+    record("rubbish", door="report of results with markup in every text", cases=changed, result="ok")
 
 
 @pytest.mark.parametrize("show", [render.printed, render.code])
