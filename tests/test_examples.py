@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import results
+from report import render
 from tests import forked
 from tests.conftest import SHARED
 
 EXAMPLES = results.ROOT / "examples"
 # What takes a person minutes takes the tests seconds: these knobs go behind the command's own.
 SHORTER = {"task1": "n_test=12 n_dev=8 max_steps=6 eval_every=3 n_benchmark=4 n_general=4 max_new_tokens=12",
-           "task2": "max_steps=4 eval_every=2 n_general=24", "task3": ""}
+           "task2": "max_steps=4 eval_every=2 n_general=24",
+           "task3": "batch_size=2"}  # a stage's first step is the warm-up's, at rate 0: one trains nothing
 TICKET = re.compile(r"(T\d+|GO|BAR)( / \d+ [A-Z]{3}( [=+-][a-z]+)*)+( / ![a-z]+)?")
 
 
@@ -124,6 +126,10 @@ def make(root, run: str, model, more: str = "", last: int = 4) -> dict[str, int]
     return {row["metric"]: row["value"] for row in found if row["table"] == "counts"}
 
 
+def task_data(run: str) -> str:
+    return re.search(r"\bDATA=(\S+)", commands()[run])[1]
+
+
 def knob(run: str, name: str) -> int:
     return int(re.search(rf"\b{name}=(\d+)", commands()[run])[1])
 
@@ -150,7 +156,7 @@ def test_the_notes_have_texts_enough_for_each_word(copy, models_of):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("run", ["orders", "pisma", "faq", "notes"])
-def test_every_step_of_a_command_ends_well(copy, models_of, run):
+def test_every_step_of_a_command_ends_well(copy, models_of, run, record):
     task = commands()[run].split()[1]
     make(copy, run, models_of[task], SHORTER[task])
     result, = (copy / "results" / run).glob("*/04_eval.json")
@@ -159,3 +165,11 @@ def test_every_step_of_a_command_ends_well(copy, models_of, run):
     if run == "orders":  # the benchmark is scored before and after, item by item
         deltas = [row for row in found if row["name"] == "delta"]
         assert {row["n"] for row in deltas if row["table"] == "own order_choice"} == {4}
+    root = copy / "results"  # the pages of own data: of one run, and of two side by side
+    page = render.pages(root, render.load_all(root, run))[result.with_name("README.md")]
+    assert "## Verdict" in page and f"<code>examples/{Path(task_data(run)).name}</code>" in page
+    (pair, text), = [(path, text) for path, text in render.side_by_side(root, run, run).items()
+                     if path.suffix == ".md"]
+    assert pair.parent.name == result.parent.name and "no difference shown" in text
+    record("opens elsewhere", what=f"README's own-data command of run {run}, a tiny model", tool="make",
+           checked="four steps and a page; rows", figure=len(found), result="ok")
