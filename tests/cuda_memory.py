@@ -1,5 +1,5 @@
 """Too little memory on a GPU: one line that names the knobs and the size that did not fit, and a plan that
-fits where one is asked for. No test collects this; on a machine with a GPU:
+fits where one is asked for. `make faults` tries it where there is a GPU; alone:
 
     python -m tests.cuda_memory [rows.jsonl]     a row for each case to rows.jsonl, exit 1 for a loss
 """

@@ -20,10 +20,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from common import models
 from pipeline import results, runner
-from tests import breakage, forked, small
+from tests import breakage, cuda_memory, forked, small
 from tests.conftest import SHARED, environment, one_line
 
 ALL = [(task, step) for task in small.TASKS for step in small.STEPS]
@@ -383,9 +384,23 @@ def test_a_lack_of_memory_names_the_knobs(error, monkeypatch, tmp_path, record):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     main.__module__ = "task1_decoder.task"
     monkeypatch.setattr(sys, "argv", ["task.py", "--run", "memory"])
+    monkeypatch.setitem(runner.FACTS, "predicted_GiB", 3.21)
     with pytest.raises(SystemExit) as refused:
         runner.start(main, task.Config, task.PROFILES)
     said = str(refused.value)
     assert "\n" not in said and "eval_batch_size" in said and "MODEL=" in said
+    assert "3.2 GiB were predicted" in said
     assert "allocate" in said or "bad_alloc" in said
     record("faults", fault="too little memory", task="any", step="any", moment=error[:40], result="ok")
+
+
+@pytest.mark.faults
+def test_too_little_memory_of_a_gpu_is_one_line_that_names_the_knobs(record):
+    if not torch.cuda.is_available():
+        record("faults", fault="CUDA out of memory", task="task1_decoder", step="any",
+               result="not tried: no GPU; python -m tests.cuda_memory on one")
+        pytest.skip("no GPU")
+    rows = [cuda_memory.tried(*case) for case in cuda_memory.CASES]
+    for row in rows:
+        record(**row)
+    assert {row["result"] for row in rows} == {"ok"}
