@@ -128,8 +128,8 @@ class Steps:
         return self.outcomes[step]
 
     def restore(self, step: str) -> None:
-        """The state before `step`."""
-        before = dict(zip(STEPS[1:], STEPS)).get(step)
+        """The state before `step`, or at the "end"."""
+        before = dict(zip([*STEPS[1:], "end"], STEPS)).get(step)
         for place, folder in self.places.items():
             shutil.rmtree(folder, ignore_errors=True)
             if before:
