@@ -364,16 +364,25 @@ def paired_rows(root: Path, both: list[dict]) -> list[dict]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         items.append(stored.get("new c2", stored))
     module = importlib.import_module(f"{task}.task")
-    metrics = [metric for metric in (*module.METRICS, *getattr(module, "ACCURACY", ())) if metric.better]
+    listed = [*getattr(module, "TABLES", {}).values(), getattr(module, "ACCURACY", ()), module.METRICS]
+    metrics = {metric.name: metric for metrics in listed for metric in metrics if metric.better}.values()
     for table, first in items[0].items():
         second = items[1].get(table, [])
-        for metric in metrics:
-            weights = [[item.get(metric.bottom) for item in side] for side in (first, second)]
-            # tokens differ if the tokenizer does; errors are other items, or none of the metric
-            with contextlib.suppress(ValueError, KeyError):
-                if weights[0] == weights[1]:
-                    rows += stats.delta_rows(table, "second minus first", first, second, [metric])
+        for metric in metrics if len(first) == len(second) else ():
+            has = functools.partial(measured, metric)
+            pairs = [pair for pair in zip(first, second) if all(map(has, pair))]
+            same = all(one.get(metric.bottom) == other.get(metric.bottom) for one, other in pairs)
+            if len(pairs) > 1 and same:  # tokens differ if the tokenizer does
+                with contextlib.suppress(ValueError):  # other items
+                    rows += stats.delta_rows(table, "second minus first", *map(list, zip(*pairs)), [metric])
     return rows
+
+
+def measured(metric, item: dict) -> bool:
+    """Whether an item has what the metric is computed from."""
+    with contextlib.suppress(KeyError):
+        return metric.columns([item]) is not None
+    return False
 
 
 STEPS = ("01_data", "02_baseline", "03_train", "04_eval")

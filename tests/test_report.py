@@ -310,13 +310,17 @@ def with_items(folder, run: str, stored: dict) -> None:
 
 
 def test_two_runs_side_by_side_are_paired_where_the_items_are_the_same(own):
-    with_items(own, "cpu", items(0.0))
-    other = items(-4.0)
+    first, other = items(0.0), items(-4.0)
+    first["manners"] = [{"id": f"q{i}", "kept": 0} for i in range(12)]
+    other["manners"] = [item | {"kept": 1} for item in first["manners"]]
+    with_items(own, "cpu", first)
     other["general"] = [item | {"tokens": 9} for item in other["general"]]  # of another tokenizer
     with_items(own, "own", other)
     page = render.side_by_side(own, "cpu", "own")[own / "cpu+own" / "task1_decoder" / "README.md"]
     line = next(line for line in page.splitlines() if line.startswith("| held-out rows | NLL per token"))
     assert "\u22121 [" in line and "| < 0.001 | 24 | <code>own</code> |" in line
+    line = next(line for line in page.splitlines() if line.startswith("| general questions | general quest"))
+    assert "| < 0.001 | 12 | <code>own</code> |" in line
     line = next(line for line in page.splitlines() if line.startswith("| general English | NLL per token"))
     assert line.endswith("| – |")  # nats per token of two tokenizers have no difference
     assert "Both were scored on the same items" in page and "my &#60;rows&#62;.csv" in page

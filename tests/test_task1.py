@@ -336,6 +336,11 @@ def test_training_rows_that_repeat_held_out_ones_stop_the_run():
     with pytest.raises(SystemExit, match="nothing was written"):
         data.leaks(splits, own=False)
     assert not any(data.leaks({"train": [ROW], "dev": [LONG], "test": [LONG]}, own=False).values())
+    # of own rows an answer may repeat, a question may not
+    splits["test"] = [{**ROW, "prompt": "And where does the river end?"}]
+    assert not any(data.leaks(splits, own=True).values())
+    with pytest.raises(SystemExit, match="nothing was written"):
+        data.leaks(splits | {"test": [{**ROW, "completion": "Something else altogether."}]}, own=True)
 
 
 CHATS = [
