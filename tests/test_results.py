@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -276,6 +277,18 @@ def test_nothing_writes_into_the_reference_results_by_itself(arguments, run_name
         check=False,
     ).stdout
     assert f" results/{run_name}/task1_decoder/01_data.json " in said and f"--run {run_name} " in said + " "
+
+
+def test_a_path_with_a_blank_stays_one_argument():
+    said = subprocess.run(
+        ["make", "-n", "task3", "PY=true", "TERMS=my words.csv", "DATA=my texts"],
+        cwd=results.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    words = shlex.split(next(line for line in said.splitlines() if "task3_tokenizer/01_data.json" in line))
+    assert "terms=my words.csv" in words and "my texts" in words
 
 
 def test_a_run_name_with_a_blank_is_one_line():
