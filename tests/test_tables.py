@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests import tables
+from pipeline import results
+from tests import planted, small, tables
 
 
 def rows_of(**changed) -> list[dict]:
@@ -35,3 +36,12 @@ def test_a_row_is_recorded_only_if_asked(record, tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT_ROWS", str(tmp_path / "rows"))
     record("faults", fault="ü", result="ok")
     assert json.loads((tmp_path / "rows").read_text()) == {"table": "faults", "fault": "ü", "result": "ok"}
+
+
+def test_the_committed_table_has_the_faults_of_today():
+    """Names, places and catchers of tests/planted.py: after a change there, `make faults` makes it again."""
+    found = json.loads((results.ROOT / "results" / "faults.json").read_text(encoding="utf-8"))["tables"]
+    shown = {(row["fault"], row["file"]) for row in found["planted faults"]}
+    assert shown == {(fault.name, fault.file) for fault in planted.FAULTS}
+    tried = {(row["task"], row["step"]) for row in found["faults"] if row["fault"] == "killed"}
+    assert tried >= {(task, step) for task in small.TASKS for step in small.STEPS}
