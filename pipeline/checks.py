@@ -30,9 +30,8 @@ def given_sources(script: Path, settings: dict[str, str]) -> None:
     if model and not folder.is_dir() and not model.startswith("embedded-") and not hub.is_id(model):
         raise SystemExit(f"MODEL={model}: no such folder, and not a hub id (owner/name); `make help` lists "
                          "the embedded models")
-    wanted = settings.get("target_modules", "all-linear")
-    if not is_list(wanted):
-        expression(wanted)
+    wanted = settings.get("target_modules", "")
+    expression(wanted)  # which names with commas are as well
     if model and folder.is_dir():
         complete(folder)
         compile_templates(folder)
