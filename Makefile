@@ -80,7 +80,7 @@ test-all: setup lint           ## the slow tests too, every architecture in ever
 	@$(MAKE) --no-print-directory smoke PY=$(PY)
 
 # a row for each fault that was tried; the tests that a fault breaks fail, and so does a table without rows
-faults: setup                  ## kills, full disks, rubbish, planted faults, other tools: results/faults.md (40 to 60 min on 2 cores)
+faults: setup                  ## kills, full disks, rubbish, planted faults, other tools: results/faults.md (40 to 60 min on 2 cores; PYTHONS=1: on other Pythons too, 6 GB each)
 	@rm -f runs/faults.jsonl; mkdir -p runs
 	@FAULT_ROWS=$(CURDIR)/runs/faults.jsonl OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "faults or not faults" \
 	  --hypothesis-profile=faults $(foreach name,faults rubbish supply opens planted examples,$(wildcard tests/test_$(name).py)); \

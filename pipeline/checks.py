@@ -41,9 +41,10 @@ def given_sources(script: Path, settings: dict[str, str]) -> None:
 
 
 def complete(folder: Path) -> None:
-    """SystemExit unless a model folder has a configuration and weights."""
+    """SystemExit unless a model folder has a configuration and weights, which are no pickle."""
+    hub.refuse_pickles([str(file.relative_to(folder)) for file in folder.rglob("*.*")], f"MODEL={folder}")
     needed = {"config.json": ("config.json", "modules.json"),
-              "weights (*.safetensors)": ("**/*.safetensors", "**/pytorch_model*.bin")}
+              "weights (*.safetensors)": ("**/*.safetensors",)}
     for what, patterns in needed.items():
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             raise SystemExit(f"MODEL={folder}: no {what} there; expected what save_pretrained writes")

@@ -20,11 +20,11 @@ NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)
 REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*", re.ASCII)
 TABLES = [f".{name}{packed}" for packed in ("", ".gz", ".zst")
           for name in ("parquet", "jsonl", "json", "csv", "txt", "arrow")]
-WANTED = {"model": ["README.md", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors",
-                    "*pytorch_model*.bin"],
-          "dataset": ["README.md", *(f"*{suffix}" for suffix in TABLES)]}  # no *.py: other people's code
-UNWANTED = ["onnx/*", "openvino/*", "original/*", "coreml/*", "checkpoint*/*", "*consolidated*"]  # in models
-CONTENT = {"model": (".safetensors", ".bin"), "dataset": tuple(TABLES)}  # a repository needs one of these
+WANTED = {"model": ["README.md", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.safetensors"],
+          "dataset": ["README.md", *(f"*{suffix}" for suffix in TABLES)]}  # no *.py or *.bin: code of others
+UNWANTED = {"model": ["onnx/*", "openvino/*", "original/*", "coreml/*", "checkpoint*/*", "*consolidated*"],
+            "dataset": []}
+CONTENT = {"model": (".safetensors",), "dataset": tuple(TABLES)}  # a repository needs one of these
 SETTING = {"model": "MODEL", "dataset": "DATA"}
 
 
@@ -87,7 +87,7 @@ def fetch(source: str, kind: str = "model", choices: str = "a local folder") -> 
         listing = [file.path for file in get_cached_repo_tree(name, repo_type=kind, revision=revision)]
     except CachedRepoTreeNotFoundError:  # nothing or single files: only the hub knows what is missing
         listing = []
-    needed = set(select(listing, source, kind)[0] if listing else []) - {"README.md"}
+    needed = set(select(listing, source, kind) if listing else []) - {"README.md"}
     if needed and all((folder / file).is_file() for file in needed):
         return folder, commit
     failed, remedy = f"no hub answers at {constants.ENDPOINT}", f"try again, or use {choices}"
@@ -96,11 +96,11 @@ def fetch(source: str, kind: str = "model", choices: str = "a local folder") -> 
         failed = "the download broke off"
         remedy = "repeat the command, it goes on after the files that are complete"
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-        files, unwanted = select(list(sizes), source, kind)
-        size = sum(sizes[file] for file in files if not (folder / file).is_file())
+        missing = [file for file in select(list(sizes), source, kind) if not (folder / file).is_file()]
+        size = sum(map(sizes.get, missing))
         print(f"downloading {name}@{info.sha[:12]} ({size / 1e6:,.1f} MB) ...", flush=True)
         folder = Path(snapshot_download(name, repo_type=kind, revision=revision,
-                                        allow_patterns=WANTED[kind], ignore_patterns=unwanted))
+                                        allow_patterns=WANTED[kind], ignore_patterns=UNWANTED[kind]))
     except (OSError, HTTPError, RuntimeError, json.JSONDecodeError,  # RuntimeError: Xet's transfer
             concurrent.futures.TimeoutError) as err:  # on Python 3.10 no OSError
         why = f"{SETTING[kind]}={source}: {reason(err, source, kind, failed, remedy)}"
@@ -110,30 +110,33 @@ def fetch(source: str, kind: str = "model", choices: str = "a local folder") -> 
     return folder, folder.name
 
 
-def select(listing: list[str], source: str, kind: str) -> tuple[list[str], list[str]]:
-    """The files wanted of a repository, and patterns of those to leave. SystemExit without weights or data.
-
-    A pytorch_model*.bin is left if its folder has safetensors. The rule is by folder because a transformer
-    may come in both formats and the dense layer after it only in the old one.
-    """
+def select(listing: list[str], source: str, kind: str) -> list[str]:
+    """The files wanted of a repository. SystemExit without weights or data, or if weights are a pickle."""
     from huggingface_hub.utils import filter_repo_objects
-    unwanted = UNWANTED if kind == "model" else []
-    files = list(filter_repo_objects(listing, allow_patterns=WANTED[kind], ignore_patterns=unwanted))
+    possible = list(filter_repo_objects(listing, ignore_patterns=UNWANTED[kind]))
+    files = list(filter_repo_objects(possible, allow_patterns=WANTED[kind]))
+    refuse_pickles(possible, f"{SETTING[kind]}={source}")
     if not any(file.endswith(CONTENT[kind]) for file in files):
         has = ", ".join(sorted({Path(file).suffix or file for file in listing})) or "no files"
-        lacks = "weights (*.safetensors, pytorch_model*.bin)" if kind == "model" else " ".join(TABLES[:6])
+        lacks = "weights (*.safetensors)" if kind == "model" else " ".join(TABLES[:6])
         raise SystemExit(f"{SETTING[kind]}={source}: the repository has no {lacks}, only {has}")
+    return files
+
+
+def refuse_pickles(files: list[str], what: str) -> None:
+    """SystemExit if a folder among `files` has its weights only as a pickle, whose loading can run code."""
     safe = {os.path.dirname(file) for file in files if file.endswith(".safetensors")}
-    twins = [file for file in files if file.endswith(".bin") and os.path.dirname(file) in safe]
-    return [file for file in files if file not in twins], [*unwanted, *twins]
+    for folder, name in map(os.path.split, files):
+        if folder not in safe and re.fullmatch(r"pytorch_model.*\.bin", name):
+            raise SystemExit(f"{what}: {os.path.join(folder, name)} is a pickle, which can run code when it "
+                             "is loaded: take one with *.safetensors (on a hub often @refs/pr/1)")
 
 
 def loadable(folder: Path) -> bool:
     """Whether a snapshot has a configuration and weights, with every part that their index names."""
-    indices = list(folder.glob("*.safetensors.index.json")) or list(folder.glob("*.index.json"))
+    indices = folder.glob("*.safetensors.index.json")
     parts = {part for index in indices for part in json.loads(index.read_text())["weight_map"].values()}
-    parts = parts or {file.name for file in folder.glob("model.safetensors")} or {"pytorch_model.bin"}
-    return all((folder / file).is_file() for file in ("config.json", *parts))
+    return all((folder / file).is_file() for file in ("config.json", *(parts or ["model.safetensors"])))
 
 
 def ask(name: str, kind: str, revision: str | None):

@@ -17,7 +17,7 @@ TABLES = {"faults": ("Faults while a step works", ("fault", "task", "step")),
           "planted faults": ("Wrong lines planted in the code", ()),
           "opens elsewhere": ("What a run leaves, opened with other tools", ()),
           "rubbish": ("Generated rubbish through each door", ()),
-          "supply": ("Network, formats, names of this machine", ())}
+          "supply": ("Network, formats, Python versions, names of this machine", ())}
 GOOD = {"ok", "caught"}
 
 

@@ -165,6 +165,9 @@ def test_every_step_of_a_command_ends_well(copy, models_of, run, record):
     if run == "orders":  # the benchmark is scored before and after, item by item
         deltas = [row for row in found if row["name"] == "delta"]
         assert {row["n"] for row in deltas if row["table"] == "own order_choice"} == {4}
+        data = json.loads(result.with_name("01_data.json").read_text())["rows"]
+        shown = "".join(row["token"] for row in data if row["table"] == "example" and row["trained"])
+        assert [row for row in orders() if row["ticket"] in shown], shown  # the printed example is an own row
     root = copy / "results"  # the pages of own data: of one run, and of two side by side
     page = render.pages(root, render.load_all(root, run))[result.with_name("README.md")]
     assert "## Verdict" in page and f"<code>examples/{Path(task_data(run)).name}</code>" in page

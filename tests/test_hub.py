@@ -83,7 +83,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("repositories")
     parts = {f"model-0000{part}-of-00002.safetensors": part for part in (1, 2)}
     index = json.dumps({"weight_map": {str(tensor): part for part, tensor in parts.items()}})
-    kept = {"modules.json": "[]", "1_Pooling/config.json": "{}", "2_Dense/pytorch_model.bin": "only",
+    kept = {"modules.json": "[]", "1_Pooling/config.json": "{}",
             "vocab.txt": "", "chat_template.jinja": "", "spiece.model": "", "model.safetensors": 1}
     left = ("pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "onnx/config.json", "model.gguf",
             "openvino/openvino_model.bin", "original/params.json", "consolidated.safetensors", "tf_model.h5",
@@ -94,6 +94,7 @@ def folders(tmp_path_factory):
             "sharded": write(root / "sharded", **parts, **{"model.safetensors.index.json": index}),
             "encoder": write(root / "encoder", **kept, **dict.fromkeys(left, "")),
             "old": write(root / "old", **{"pytorch_model.bin": "old", "model.gguf": ""}),
+            "partly": write(root / "partly", **{"model.safetensors": 1, "2_Dense/pytorch_model.bin": ""}),
             "gguf": write(root / "gguf", **{"model.gguf": "", "run.py": ""})}
 
 
@@ -124,9 +125,9 @@ def test_asking_for_the_cached_revision_loads_nothing_large(tmp_path):
 
 
 def test_what_is_downloaded(folders, tmp_path, capsys):
-    left = {"plain": set(), "sharded": set(), "old": {"model.gguf"}}
+    left = {"plain": set(), "sharded": set()}
     left["encoder"] = contents(folders["encoder"]).keys() - {
-        "README.md", "1_Pooling/config.json", "2_Dense/pytorch_model.bin", "chat_template.jinja",
+        "README.md", "1_Pooling/config.json", "chat_template.jinja",
         "config.json", "model.safetensors", "modules.json", "spiece.model", "tokenizer.json", "vocab.txt"}
     with Hub({f"o/{name}": folders[name] for name in left}) as url:
         for name, unwanted in left.items():
@@ -173,11 +174,11 @@ def test_files_cached_one_by_one_serve_where_no_hub_answers(folders, tmp_path, c
 
 
 def test_revisions(folders, tmp_path):
-    branches = {"main": "plain", "v1": "sharded", "refs/pr/1": "encoder", "old": "old"}
+    branches = {"main": "plain", "v1": "sharded", "refs/pr/1": "encoder", "newer": "newer"}
     repository = Repository({branch: folders[name] for branch, name in branches.items()})
     with Hub({"o/m": repository}) as url:
-        old = commit_of(folders["old"])
-        wanted = {"@v1": "sharded", "@refs/pr/1": "encoder", f"@{old}": "old", "": "plain"}
+        newer = commit_of(folders["newer"])
+        wanted = {"@v1": "sharded", "@refs/pr/1": "encoder", f"@{newer}": "newer", "": "plain"}
         for revision, name in wanted.items():
             assert fetch(tmp_path, url, f"o/m{revision}")[1] == commit_of(folders[name]), revision
         refused(["MODEL=o/m@v9: the hub has no revision v9", f"{url}/o/m/"], tmp_path, url, "o/m@v9")
@@ -200,7 +201,7 @@ def test_a_cut_download_goes_on_at_the_same_commit(folders, tmp_path):
 def test_refusals(folders, tmp_path, monkeypatch):
     moved = Repository({"main": folders["plain"]})
     models = {"o/gated": Repository({"main": folders["plain"]}, gated="hf_member"), "o/gguf": folders["gguf"],
-              "o/moved": moved}
+              "o/moved": moved, "o/old": folders["old"], "o/partly": folders["partly"]}
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with Hub(models) as url:
         for token in (None, "hf_stranger"):
@@ -211,6 +212,8 @@ def test_refusals(folders, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", "hf_member")
         assert "model.safetensors" in fetch(tmp_path, url, "o/gated")[0]
         refused(["MODEL=o/gguf: ", "no weights", ".gguf, .json, .md, .py"], tmp_path, url, "o/gguf")
+        for name, file in (("old", "pytorch_model.bin"), ("partly", "2_Dense/pytorch_model.bin")):
+            refused([f"MODEL=o/{name}: {file} is a pickle", "safetensors"], tmp_path, url, f"o/{name}")
         cache(tmp_path, url, "o/moved", "config.json")
         moved.revisions["main"] = folders["newer"]  # and the commit that was cached is gone
         refused(["MODEL=o/moved: the hub has no revision", "s--o--moved"], tmp_path, url, "o/moved")

@@ -304,6 +304,10 @@ def test_cards_have_figures_and_name_no_place(task, inside, request, repo, opene
         assert result.metric_args["lo"] - 1e-9 <= result.metric_value <= result.metric_args["hi"] + 1e-9
     assert card.text.count("|") > 8 * len(seen) and not re.search(r"\{\{|\{%|undefined|None", card.text)
     assert "its figures say nothing" in card.text  # the profile is smoke
+    heads = ["Open it", "What it was trained on", "What was measured", "Limits"]
+    assert re.findall("^## (.+)$", card.text, re.MULTILINE) == heads
+    assert re.search(r"^- steps: [1-9]", card.text, re.MULTILINE)
+    assert card.text.partition("## Limits")[2].count("\n- ") >= 2
     opened(f"{task} {inside}/README.md", "huggingface_hub", "the card parses; results in it", len(seen))
 
 

@@ -1,5 +1,6 @@
 """Storage and freshness: atomic writes, hashes that ignore comments, staleness that travels downstream."""
 
+import ast
 import dataclasses
 import errno
 import json
@@ -584,3 +585,16 @@ def test_checks_load_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, env=environment(results.ROOT),
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_scripts_check_their_arguments_above_every_other_import():
+    scripts = [path for path in results.ROOT.glob("task*/*.py") if "check_arguments(" in path.read_text()]
+    assert {path.stem for path in scripts} == {"01_data", "02_baseline", "03_train", "04_eval", "ablations"}
+    for script in scripts:
+        imported = set()
+        for node in ast.parse(script.read_text(encoding="utf-8")).body:
+            if "check_arguments(" in ast.unparse(node):
+                break
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imported |= {getattr(node, "module", None) or node.names[0].name}
+        assert imported <= {"__future__", "sys", "pathlib", "pipeline"}, script

@@ -2,7 +2,10 @@
 
 import ast
 import getpass
+import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +16,7 @@ import pytest
 
 from pipeline import results
 from tests import small
-from tests.conftest import environment
+from tests.conftest import environment, one_line, step
 
 TEXTS = {".py", ".md", ".j2", ".json", ".jsonl", ".csv", ".toml", ".txt", ".yaml", ".yml", ".svg", ""}
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -93,6 +96,82 @@ def test_what_a_run_leaves_is_safe_and_names_no_machine(task, steps, record):
     record("supply", what="safe files that name no machine", task=task, files=len(files), result="ok")
 
 
+class Payload:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("task", small.TASKS)
+def test_weights_that_are_a_pickle_are_refused_unread(task, repo, tiny_model_folder, tmp_path, record):
+    model, made = tmp_path / "model", tmp_path / "made"
+    shutil.copytree(tiny_model_folder, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Payload(made)}))
+    for name in small.STEPS:
+        one_line(step(repo, name, "--run", "pickle", "--model", str(model), task=task),
+                 "pytorch_model.bin is a pickle", "safetensors")
+    assert not made.exists()
+    pickle.loads((model / "pytorch_model.bin").read_bytes())
+    assert made.exists()  # it would have run
+    record("supply", what="weights that are a pickle are refused unread", task=task, steps=len(small.STEPS),
+           result="ok")
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version on PATH that runs, other than the one of these tests, or None."""
+    for place in os.environ.get("PATH", "").split(os.pathsep):
+        found, said = Path(place) / f"python{version}", "import sys; print(*sys.version_info[:2], sep='.')"
+        if found.is_file() and os.access(found, os.X_OK):
+            done = subprocess.run([found, "-c", said], capture_output=True, text=True, check=False)
+            if done.stdout.strip() == version:
+                return str(found)
+    return None
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_another_python_installs_the_packages_and_passes_the_tests(version, tmp_path, record):
+    """As `make test` does it, in a copy with a venv of its own: 6 GB and a quarter of an hour each where pip
+    takes a torch with CUDA's libraries, so only with PYTHONS=1.
+    """
+    found, what = interpreter(version), f"Python {version} installs, passes ruff and the tests"
+    here = version == ".".join(map(str, sys.version_info[:2]))
+    reason = "the one of these tests" if here else "no such interpreter" if not found else None
+    if not reason and not os.environ.get("PYTHONS"):
+        reason = "only with PYTHONS=1"
+    if reason:
+        record("supply", what=what, result=f"not tried: {reason}")
+        pytest.skip(reason)
+    root = tmp_path / "copy"
+    for path in tracked():
+        target = root / path.relative_to(results.ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    environ = {name: value for name, value in os.environ.items()
+               if not name.startswith(("PYTEST_", "FAULT_ROWS", "PYTHONPATH", "MAKE", "MFLAGS"))}
+    python = root / ".venv" / "bin" / "python"
+
+    def run(*command: str) -> str:
+        done = subprocess.run(list(map(str, command)), cwd=root, env=environ | {"PYTHONPATH": str(root)},
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    run(found, "-m", "venv", root / ".venv")
+    run(python, "-m", "pip", "install", "--quiet", "-r", "requirements.txt")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r",
+        "requirements-assets.txt")
+    run(python, "-m", "ruff", "check", ".")
+    passed = re.search(r"(\d+) passed", run(python, "-m", "pytest", "-v", "-p", "no:cacheprovider"))
+    assert passed and int(passed[1]) > 500
+    record("supply", what=what, cases=int(passed[1]), result="ok")
+    shutil.rmtree(root)
+
+
 LISTENING = """
 import runpy, sys
 def heard(event, args):
@@ -145,10 +224,10 @@ def test_nothing_asks_a_network(task, repo, tmp_path, record):
     quick = task == "one step"
     name, names = (small.TASKS[0], small.STEPS[:1]) if quick else (task, small.STEPS)
     more = small.arguments(repo, name, repo) if quick else []
-    for step in names:
-        done = offline(repo, tmp_path / "home", f"{name}/{step}.py", "--profile", "smoke", "--run", "offline",
+    for each in names:
+        done = offline(repo, tmp_path / "home", f"{name}/{each}.py", "--profile", "smoke", "--run", "offline",
                        *more)
-        assert done.returncode == 0, f"{step}: {done.stderr[-1500:]}"
+        assert done.returncode == 0, f"{each}: {done.stderr[-1500:]}"
         asked = tmp_path / "home" / "network"
         assert not asked.exists(), asked.read_text()
     record("supply", what="no network", task=name, steps=len(names), result="ok")
