@@ -5,6 +5,7 @@ import os
 # No test asks a hub. This stands before the imports that read it.
 os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+import contextlib
 import json
 import re
 import shutil
@@ -129,6 +130,29 @@ def steps(quick, tiny_encoder_folder, tmp_path_factory):
             made[task] = small.Steps(quick, task, small.arguments(quick, task, tiny_encoder_folder), kept)
         return made[task]
     return of
+
+
+def repository_files() -> list[Path]:
+    """The files that git knows or would take; in a copy without git, all but those that runs and tools make.
+    """
+    listed = ""
+    with contextlib.suppress(FileNotFoundError):  # no git on this machine
+        listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                                cwd=results.ROOT, capture_output=True, text=True, check=False).stdout
+    names = [Path(name) for name in listed.split("\0") if name]
+    names = names or [path.relative_to(results.ROOT) for path in results.ROOT.rglob("*")
+                      if not re.search(r"/(\.|runs/|__pycache__/)", f"/{path.relative_to(results.ROOT)}")]
+    return sorted(results.ROOT / name for name in names if (results.ROOT / name).is_file())
+
+
+def copy_repository(root: Path, without: str = "") -> Path:
+    """Copy its files, but for those of the folder `without`, to `root`."""
+    for path in repository_files():
+        name = path.relative_to(results.ROOT)
+        if name.parts[0] != without:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / name)
+    return root
 
 
 def environment(root: Path) -> dict:

@@ -7,8 +7,6 @@ breaks the import proves nothing.
 
 import json
 import re
-import shutil
-import subprocess
 import time
 
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from pipeline import results
 from sources import pretrained
 from tests import forked
+from tests.conftest import copy_repository
 from tests.planted import FAST, FAULTS
 
 CAUGHT = {f"call: {name}" for name in ("AssertionError", "SystemExit", "Failed", "ValueError")}
@@ -25,15 +24,9 @@ EACH = [pytest.param(fault, id=fault.name, marks=() if fault.name in FAST else p
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The files that git knows or would take, without results; the embedded models are shared."""
+    """The files of the repository without results; the embedded models are shared."""
     pretrained.resolve("embedded-135m")
-    root = tmp_path_factory.mktemp("planted")
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-                            cwd=results.ROOT, capture_output=True, text=True, check=True).stdout
-    for name in listed.splitlines():
-        if not name.startswith("results/") and (results.ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(results.ROOT / name, root / name)
+    root = copy_repository(tmp_path_factory.mktemp("planted"), without="results")
     (root / "runs").mkdir()
     (root / "runs" / "assets").symlink_to(results.ROOT / "runs" / "assets")
     return root

@@ -9,28 +9,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 from pipeline import results
 from tests import small
-from tests.conftest import environment, one_line, step
+from tests.conftest import copy_repository, environment, one_line, repository_files, step
 
 TEXTS = {".py", ".md", ".j2", ".json", ".jsonl", ".csv", ".toml", ".txt", ".yaml", ".yml", ".svg", ""}
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-@cache
-def tracked() -> list[Path]:
-    done = subprocess.run(["git", "ls-files"], cwd=results.ROOT, capture_output=True, text=True, check=False)
-    names = done.stdout.split() or [str(path) for path in results.ROOT.rglob("*") if path.is_file()]
-    return [results.ROOT / name for name in names if not name.startswith(("runs/", ".venv/"))]
-
-
 def product() -> list[Path]:
-    return [path for path in tracked() if path.suffix == ".py" and path.parent.name != "tests"]
+    return [path for path in repository_files() if path.suffix == ".py" and path.parent.name != "tests"]
 
 
 def calls(tree: ast.AST):
@@ -69,13 +61,13 @@ def of_this_machine() -> re.Pattern:
 
 
 def test_no_committed_file_names_a_machine_or_a_person(record):
-    pattern, found = of_this_machine(), []
-    for path in tracked():
-        if path.suffix in TEXTS and path.is_file() and path.parent.name != "tests":
+    pattern, files, found = of_this_machine(), repository_files(), []
+    for path in files:
+        if path.suffix in TEXTS and path.parent.name != "tests":
             text = path.read_text(encoding="utf-8", errors="replace")
             found += [f"{path.relative_to(results.ROOT)}: {match[0]}" for match in pattern.finditer(text)][:3]
     assert not found
-    record("supply", what="no path or user name in a committed file", files=len(tracked()), result="ok")
+    record("supply", what="no path or user name in a committed file", files=len(files), result="ok")
 
 
 @pytest.mark.parametrize("task", [
@@ -146,11 +138,7 @@ def test_another_python_installs_the_packages_and_passes_the_tests(version, tmp_
     if reason:
         record("supply", what=what, result=f"not tried: {reason}")
         pytest.skip(reason)
-    root = tmp_path / "copy"
-    for path in tracked():
-        target = root / path.relative_to(results.ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+    root = copy_repository(tmp_path / "copy")
     environ = {name: value for name, value in os.environ.items()
                if not name.startswith(("PYTEST_", "FAULT_ROWS", "PYTHONPATH", "MAKE", "MFLAGS"))}
     python = root / ".venv" / "bin" / "python"
