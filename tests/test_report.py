@@ -10,7 +10,7 @@ import pytest
 from pipeline import fresh, results
 from report import render
 
-COMMITTED = ("cpu", "gpu", "ru", "bench")
+COMMITTED = (*results.REFERENCE, "bench")
 
 
 @pytest.fixture
@@ -345,15 +345,15 @@ def test_two_runs_on_other_items_stand_with_an_interval_each(own):
 
 def test_the_summary_puts_a_run_beside_the_reference(own):
     """The same run under another name agrees, one of other data is not compared, another result differs."""
-    shutil.copytree(own / "cpu" / "task1_decoder", own / "again" / "task1_decoder")
-    path = own / "again" / "task1_decoder" / "04_eval.json"
+    shutil.copytree(own / "cpu" / "task1_decoder", own / "repeated" / "task1_decoder")
+    path = own / "repeated" / "task1_decoder" / "04_eval.json"
     for each in path.parent.glob("*.json"):
         change(each, list)
-    assert "agrees" in render.summary(own, "again")
+    assert "agrees" in render.summary(own, "repeated")
     assert "other data, instruction" in render.summary(own, "own")
     far = {"lo": 9.0, "value": 9.1, "hi": 9.2}
     change(path, lambda rows: [row | (far if row["table"] == "headline" else {}) for row in rows])
-    head, line = render.summary(own, "again").splitlines()
-    assert head.split() == ["task", "what", "again", "reference"]
+    head, line = render.summary(own, "repeated").splitlines()
+    assert head.split() == ["task", "what", "repeated", "reference"]
     assert "+9.100 [+9.000, +9.200]" in line and line.endswith("differs")
     assert "no reference" in render.summary(own, "cpu")

@@ -180,7 +180,7 @@ def test_a_list_of_terms_is_read_or_refused_in_one_line(tmp_path, tokenizer, rec
 def stored(tmp_path_factory):
     """A copy of the committed results."""
     root = tmp_path_factory.mktemp("rubbish") / "results"
-    for name in ("cpu", "gpu", "ru", "bench"):
+    for name in (*results.REFERENCE, "bench"):
         shutil.copytree(results.ROOT / "results" / name, root / name)
     return root
 
