@@ -12,7 +12,7 @@ TASK ?= 1
 PROMPT ?=
 export PROMPT
 NPROC ?= 1
-# the folder of results; the reference runs were made with RUN=cpu, RUN=gpu and RUN=ru
+# the folder of results; the reference runs were made with RUN=cpu, again, gpu and ru
 RUN ?= $(if $(filter smoke,$(PROFILE)),smoke,mine)
 ifneq ($(words $(RUN)),1)
 $(error RUN="$(RUN)" is a folder name: letters, digits, '.', '_' and '-' only)
