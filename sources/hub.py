@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import errno
+import fnmatch
 import importlib.util
 import json
 import os
@@ -113,9 +114,9 @@ def fetch(source: str, kind: str = "model", choices: str = "a local folder") -> 
 def select(listing: list[str], source: str, kind: str) -> list[str]:
     """The files wanted of a repository. SystemExit without weights or data, or if weights are a pickle."""
     from huggingface_hub.utils import filter_repo_objects
-    possible = list(filter_repo_objects(listing, ignore_patterns=UNWANTED[kind]))
-    files = list(filter_repo_objects(possible, allow_patterns=WANTED[kind]))
-    refuse_pickles(possible, f"{SETTING[kind]}={source}")
+    files = list(filter_repo_objects(listing, allow_patterns=WANTED[kind], ignore_patterns=UNWANTED[kind]))
+    if kind == "model":
+        refuse_pickles(listing, f"MODEL={source}")
     if not any(file.endswith(CONTENT[kind]) for file in files):
         has = ", ".join(sorted({Path(file).suffix or file for file in listing})) or "no files"
         lacks = "weights (*.safetensors)" if kind == "model" else " ".join(TABLES[:6])
@@ -124,7 +125,10 @@ def select(listing: list[str], source: str, kind: str) -> list[str]:
 
 
 def refuse_pickles(files: list[str], what: str) -> None:
-    """SystemExit if a folder among `files` has its weights only as a pickle, whose loading can run code."""
+    """SystemExit if a folder among the `files` of a model, but for those that nobody reads, has its weights
+    only as a pickle, whose loading can run code.
+    """
+    files = [file for file in files if not any(fnmatch.fnmatch(file, each) for each in UNWANTED["model"])]
     safe = {os.path.dirname(file) for file in files if file.endswith(".safetensors")}
     for folder, name in map(os.path.split, files):
         if folder not in safe and re.fullmatch(r"pytorch_model.*\.bin", name):

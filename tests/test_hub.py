@@ -87,7 +87,7 @@ def folders(tmp_path_factory):
             "vocab.txt": "", "chat_template.jinja": "", "spiece.model": "", "model.safetensors": 1}
     left = ("pytorch_model.bin", "modeling_own.py", "onnx/model.onnx", "onnx/config.json", "model.gguf",
             "openvino/openvino_model.bin", "original/params.json", "consolidated.safetensors", "tf_model.h5",
-            "flax_model.msgpack", "training_args.bin")
+            "flax_model.msgpack", "training_args.bin", "checkpoint-1/pytorch_model.bin")
     return {"plain": write(root / "plain", **{"model.safetensors": 1}),
             "newer": write(root / "newer", **{"model.safetensors": 2}),
             "large": write(root / "large", **{"model.safetensors": "x" * 200_000}),

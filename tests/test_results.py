@@ -558,6 +558,8 @@ def test_a_model_folder_is_checked_before_the_slow_imports(tiny_model_folder, tm
     weights.write_bytes(weights.read_bytes()[:5000])
     assert "model.safetensors is damaged or cut short" in refused(model)
     weights.unlink()
+    (model / "checkpoint-1").mkdir()
+    (model / "checkpoint-1" / "pytorch_model.bin").touch()  # nobody reads it
     assert "no weights" in refused(model)
 
 
