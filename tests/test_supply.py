@@ -156,7 +156,7 @@ def test_another_python_installs_the_packages_and_passes_the_tests(version, tmp_
     run(python, "-m", "ruff", "check", ".")
     passed = re.search(r"(\d+) passed", run(python, "-m", "pytest", "-v", "-p", "no:cacheprovider"))
     assert passed and int(passed[1]) > 500
-    record("supply", what=what, cases=int(passed[1]), result="ok")
+    record("supply", what=what, tests=int(passed[1]), result="ok")
     shutil.rmtree(root)
 
 
