@@ -98,8 +98,8 @@ def parse_arguments(argv: list[str], script: Path, doc: str = "") -> argparse.Na
     args.asked = dict(sorted(settings.items()))
     args.settings = {name: value for name, value in args.asked.items() if name in declared}
     args.of_task = {}
-    for path, knobs in everywhere.items():
-        for name in args.asked.keys() & knobs.keys() if path.parent == script.parent else ():
+    for knobs in (knobs for path, knobs in everywhere.items() if path.parent == script.parent):
+        for name in args.asked.keys() & knobs.keys():
             args.of_task[name] = args.asked[name]
             with contextlib.suppress(ValueError):  # a default that is no literal is text
                 value_of(name, args.asked[name], ast.literal_eval(knobs[name]["value"]))

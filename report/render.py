@@ -318,7 +318,8 @@ def fill(template: str, root: Path, found: dict, target: Path, **given) -> dict[
                              lstrip_blocks=True, bytecode_cache=Compiled())
     env.globals |= {"rows": rows, "row": row, "like": like, "label": label, "found": found, "asked": asked,
                     "command": results.command, "changed": fresh.changed, "knobs_of": knobs_of,
-                    "root": root, "target": target, "fastest": fastest, "HEADS": HEADS, "STEPS": STEPS}
+                    "root": root, "target": target, "fastest": fastest, "HEADS": HEADS, "STEPS": STEPS,
+                    "REFERENCE": results.REFERENCE}
     env.globals |= {name: getattr(report, name) for name in (
         "step", "used", "own_texts", "forest", "curve", "headline", "bench", "cost", "beside", "stale")}
     env.filters |= {"number": number, "p": p_value, "code": code, "label": label, "repr": repr,
